@@ -1,0 +1,15 @@
+"""What an encoder is. Importing this registers the configuration with `AutoConfig`."""
+
+from transformers import AutoConfig
+
+from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import (
+    DeepSeekOCRVisionClipConfig,
+    DeepSeekOCRVisionConfig,
+    DeepSeekOCRVisionSamConfig,
+)
+from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import PRESETS, Preset
+
+
+AutoConfig.register(DeepSeekOCRVisionConfig.model_type, DeepSeekOCRVisionConfig, exist_ok=True)
+
+__all__ = ["PRESETS", "DeepSeekOCRVisionClipConfig", "DeepSeekOCRVisionConfig", "DeepSeekOCRVisionSamConfig", "Preset"]

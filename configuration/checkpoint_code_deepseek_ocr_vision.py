@@ -1,0 +1,98 @@
+"""The code that a checkpoint carries, so that it loads where this package is not installed.
+
+Code on the Hub is a flat folder of files, named by `auto_map` in the JSON files beside them. The package keeps the
+same files in folders, so staging copies them into one folder and rewrites `from ..folder.module import` to
+`from .module import`; nothing else differs. In the staged copy itself there is nothing left to do: transformers copies
+the code of classes that it loaded with `trust_remote_code` by itself.
+"""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import ClassVar
+
+
+PACKAGE = "deepseek_ocr_vision"
+FLAT_CODE = {
+    "configuration": ("configuration", "checkpoint_code", "presets"),
+    "modeling": ("modeling", "loading", "sam", "clip", "base", "attention"),
+    "processing": ("processing", "image_processing"),
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_deepseek_ocr_vision.DeepSeekOCRVisionConfig",
+    "AutoModel": "modeling_deepseek_ocr_vision.DeepSeekOCRVisionModel",
+    "AutoImageProcessor": "image_processing_deepseek_ocr_vision.DeepSeekOCRVisionImageProcessor",
+    "AutoProcessor": "processing_deepseek_ocr_vision.DeepSeekOCRVisionProcessor",
+}
+
+_CROSS_FOLDER_IMPORT = re.compile(r"^(\s*from )\.\.\w+(\.\w+ import )", flags=re.MULTILINE)
+
+
+def flatten(source: str) -> str:
+    """Rewrite `from ..folder.module import` to `from .module import`, the one form that transformers follows."""
+    return _CROSS_FOLDER_IMPORT.sub(r"\1\2", source)
+
+
+def stage_code(folder: str | os.PathLike) -> list[Path]:
+    """Write the package's code, flat, into `folder`, made if missing. Files that are there and equal are left alone.
+
+    Args:
+        folder: Where the files go.
+
+    Returns:
+        The paths of the files, all directly in `folder`.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; a checkpoint is saved into a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    root = Path(__file__).resolve().parent.parent
+    sources = [root / part / f"{name}_{PACKAGE}.py" for part, names in FLAT_CODE.items() for name in names]
+    return [_write_if_changed(folder / source.name, flatten(source.read_text("utf-8"))) for source in sources]
+
+
+def _write_if_changed(path: Path, text: str) -> Path:
+    """Replace `path` in one step, so that a process that is killed here leaves the old file or the new one."""
+    if path.is_file() and path.read_bytes() == text.encode("utf-8"):
+        return path
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+class CarriesCode:
+    """Mixin: `save_pretrained` also writes the code and the `auto_map` that load the folder without this package.
+
+    Attributes:
+        code_entries: The Auto classes that the JSON file of this object names; none for a model, whose file is its
+            configuration's.
+    """
+
+    code_entries: ClassVar[tuple[str, ...]] = ()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Save as `transformers` does, after writing the flat code into `save_directory`.
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+        """
+        # Before the parent's: with `push_to_hub=True` it uploads whatever it finds when it is done.
+        if __name__.startswith(f"{PACKAGE}."):
+            stage_code(save_directory)
+            if self.code_entries:
+                self.auto_map = {entry: AUTO_MAP[entry] for entry in self.code_entries}
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+__all__ = ["AUTO_MAP", "CarriesCode", "flatten", "stage_code"]

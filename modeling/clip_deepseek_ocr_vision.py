@@ -1,0 +1,124 @@
+"""The second stage: CLIP-L's vision transformer (arXiv 2103.00020), fed with the compressed grid of the first.
+
+Letters in the shapes: B batch, H and W rows and columns of the token grid, N tokens of a picture, C channels.
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+
+from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionClipConfig
+from .attention_deepseek_ocr_vision import ClipAttention
+from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel, checkpointable, resize_positions
+
+
+class ClipEmbeddings(nn.Module):
+    """Position table and, where the feature mode has one, class token. CLIP's patch embedding is not used.
+
+    The table keeps row 0, the class token's, also where there is none, so that its shape is the released one.
+    """
+
+    def __init__(self, config: DeepSeekOCRVisionClipConfig, *, class_token: bool):
+        super().__init__()
+        self.grid_size = config.grid_size
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if class_token else None
+        self.position_embedding = nn.Embedding(config.grid_size**2 + 1, config.hidden_size)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:  # [B, C, H, W] -> [B, N (+ 1), C]
+        batch_size, channels, height, width = feature_map.shape
+        table = self.position_embedding.weight  # [1 + grid x grid, C]
+        positions = table[1:].view(self.grid_size, self.grid_size, channels)
+        # The released model resizes with antialiasing, `deepseek-ocr-encoder`, which has no class token, without.
+        positions = resize_positions(positions, (height, width), antialias=self.class_embedding is not None)
+        tokens = feature_map.flatten(2).transpose(1, 2) + positions.flatten(0, 1)  # [B, N, C]
+        if self.class_embedding is None:
+            return tokens
+        class_token = (self.class_embedding + table[0]).expand(batch_size, 1, channels)
+        return torch.cat([class_token, tokens], dim=1)
+
+
+class ClipMLP(nn.Module):
+    """The feed-forward half of a layer."""
+
+    def __init__(self, config: DeepSeekOCRVisionClipConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, N, C] -> [B, N, C]
+        return self.fc2(self.act(self.fc1(hidden_states)))
+
+
+class ClipLayer(GradientCheckpointingLayer):
+    """A pre-norm transformer layer; returns its attention's weights as well, if they were made."""
+
+    def __init__(self, config: DeepSeekOCRVisionClipConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = ClipAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ClipMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # [B, N, C]
+        attended, weights = self.self_attn(self.layer_norm1(hidden_states))
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
+
+
+class ClipTransformer(nn.Module):
+    """The stack of layers; there is no norm after the last."""
+
+    def __init__(self, config: DeepSeekOCRVisionClipConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_hidden_states: bool, output_attentions: bool
+    ) -> BaseModelOutput:
+        all_hidden_states, all_weights = [hidden_states], []
+        for layer in self.layers:
+            hidden_states, weights = layer(checkpointable(layer, hidden_states))
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if output_attentions:
+                all_weights.append(weights)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )
+
+
+class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
+    """The CLIP stage: the compressed grid [B, C, H, W] to tokens [B, N, C], or [B, N + 1, C] with the class token.
+
+    Args:
+        config: The CLIP stage.
+        class_token: Whether a class token goes in front, as in the released model.
+    """
+
+    config_class = DeepSeekOCRVisionClipConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "feature_map"
+
+    def __init__(self, config: DeepSeekOCRVisionClipConfig, *, class_token: bool = True):
+        super().__init__(config)
+        self.embeddings = ClipEmbeddings(config, class_token=class_token)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.transformer = ClipTransformer(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def forward(
+        self, feature_map: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
+    ) -> BaseModelOutput:
+        hidden_states = self.pre_layrnorm(self.embeddings(feature_map))
+        return self.transformer(hidden_states, output_hidden_states, output_attentions)

@@ -1,0 +1,315 @@
+"""The DeepSeek-OCR vision encoder (arXiv 2510.18234) as a transformers model: pixels in, tokens out, gradients back.
+
+Nothing on the way detaches, caches or disables gradients, and a feature mode has only the parameters that it uses, so
+a backward pass reaches every weight and every pixel.
+
+Letters in the shapes: B batch, H and W rows and columns of the token grid, N = H x W tokens, C channels.
+"""
+
+import os
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import IMAGE_PROCESSOR_MAPPING, AutoImageProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..configuration.checkpoint_code_deepseek_ocr_vision import CarriesCode
+from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
+from ..configuration.presets_deepseek_ocr_vision import preset_of
+from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel
+from .clip_deepseek_ocr_vision import ClipEncoder
+from .loading_deepseek_ocr_vision import check_loading_info
+from .sam_deepseek_ocr_vision import SamEncoder
+
+
+class Projector(nn.Module):
+    """The released linear map from concatenated features to the width that DeepSeek-OCR's decoder reads."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.layers = nn.Linear(in_features, out_features)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:  # [B, N, 2048] -> [B, N, 1280]
+        return self.layers(features)
+
+
+class DeepSeekOCRVisionModel(CarriesCode, DeepSeekOCRVisionPreTrainedModel):
+    """The encoder: SAM ViT-B, a 16x convolutional compressor, and CLIP-L. A 1024 x 1024 page becomes 256 tokens.
+
+    Parameters are named as in the released checkpoint, less its prefix `model.`, which loading takes off.
+
+    Args:
+        config: The encoder, validated once more here.
+    """
+
+    config_class = DeepSeekOCRVisionConfig
+    base_model_prefix = "model"
+    # What a checkpoint may hold beyond the vision weights of this model's mode: the language model around the
+    # released encoder, CLIP's unused patch embedding, and what the other modes use.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        r"^(model\.)?(embed_tokens|layers|norm)\.",
+        r"^lm_head\.",
+        r"^(model\.)?(image_newline|view_seperator)$",
+        r"^(model\.)?projector\.",
+        r"^(model\.)?vision_model\.embeddings\.(patch_embedding|class_embedding|position_ids)",
+    ]
+
+    def __init__(self, config: DeepSeekOCRVisionConfig):
+        config.validate()
+        super().__init__(config)
+        with_class_token = config.feature_mode != "residual"
+        self.sam_model = SamEncoder(config.sam_config, num_channels=config.num_channels)
+        self.vision_model = ClipEncoder(config.clip_config, class_token=with_class_token)
+        if config.feature_mode == "projected":
+            concat_size = config.clip_config.hidden_size + config.sam_config.downsample_channels[-1]
+            self.projector = Projector(concat_size, config.projection_dim)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        strict: bool | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """Load a checkpoint as transformers does, but never go on with random weights under a mere warning.
+
+        Args:
+            pretrained_model_name_or_path: A folder, a Hub id, or `None` with a `state_dict` to start from.
+            strict: Whether weights that are missing, unknown or of another shape are an error. By default they are
+                for a checkpoint, and not for `None`.
+            ignore_mismatched_sizes: Whether weights of another shape are drawn anew even so.
+            output_loading_info: Whether to return transformers' dictionary of missing and other keys as well.
+            model_args: As in transformers.
+            kwargs: As in transformers.
+
+        Raises:
+            ValueError: The checkpoint does not fit; the message names keys and shapes.
+        """
+        strict = pretrained_model_name_or_path is not None if strict is None else strict
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            # Shapes are checked below, where the error can name both.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+        if strict:
+            num_expected = len(model.state_dict())
+            check_loading_info(loading_info, num_expected=num_expected, allow_mismatched=ignore_mismatched_sizes)
+        return (model, loading_info) if output_loading_info else model
+
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation of the projector's newly drawn weights; each stage has its own."""
+        return self.config.clip_config.initializer_range
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The convolution that turns pixels into patches."""
+        return self.sam_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the convolution that turns pixels into patches."""
+        self.sam_model.set_input_embeddings(value)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | int | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Encode a batch of pages.
+
+        Args:
+            pixel_values: [B, 3, height, width], normalised; height and width are multiples of `config.patch_size`.
+                Cast to the weights' dtype. An empty batch gives an empty batch of tokens.
+            output_hidden_states: Whether to return the CLIP stage's hidden states. Composites pass the index of the
+                layer that they want, such as -1 or 0, so any integer means yes.
+            output_attentions: Whether to return the CLIP stage's attention weights; needs `"eager"` attention there.
+            return_dict: Whether to return an output object or a tuple.
+
+        Returns:
+            `last_hidden_state` [B, N, config.hidden_size], row-major over the grid; `pooler_output`
+            [B, config.hidden_size], the mean of the tokens; `hidden_states`, a tuple of what enters the first CLIP
+            layer and what leaves each, [B, N, C] without the class token, the last one replaced by
+            `last_hidden_state`; `attentions`, one [B, heads, N, N] a CLIP layer (N + 1 with a class token).
+
+        Raises:
+            TypeError: `pixel_values` is no tensor of floating-point numbers.
+            ValueError: `pixel_values` has a wrong shape, or attention weights were asked for and are not made.
+        """
+        output_hidden_states = _chosen(output_hidden_states, default=self.config.output_hidden_states)
+        output_attentions = _chosen(output_attentions, default=self.config.output_attentions)
+        return_dict = _chosen(return_dict, default=self.config.return_dict)
+        self._check_pixel_values(pixel_values)
+        self._check_output_attentions(output_attentions)
+
+        pixel_values = pixel_values.to(self.get_input_embeddings().weight.dtype)
+        feature_map = self.sam_model(pixel_values)  # [B, C, H, W]
+        clip_outputs = self.vision_model(feature_map, output_hidden_states, output_attentions)
+        tokens = feature_map.flatten(2).transpose(1, 2)  # [B, N, C]
+        last_hidden_state = self._features(tokens, self._without_class_token(clip_outputs.last_hidden_state))
+
+        hidden_states = None
+        if output_hidden_states:
+            earlier_hidden_states = clip_outputs.hidden_states[:-1]
+            hidden_states = (*map(self._without_class_token, earlier_hidden_states), last_hidden_state)
+        outputs = BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state.mean(dim=1),
+            hidden_states=hidden_states,
+            attentions=clip_outputs.attentions,
+        )
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _features(self, tokens: torch.Tensor, clip_tokens: torch.Tensor) -> torch.Tensor:
+        """Combine both stages' tokens, each [B, N, C], as the feature mode says."""
+        if self.config.feature_mode == "residual":
+            return tokens + clip_tokens
+        features = torch.cat([clip_tokens, tokens], dim=-1)  # [B, N, 2C]: CLIP first, SAM second
+        return self.projector(features) if self.config.feature_mode == "projected" else features
+
+    def _without_class_token(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states if self.config.feature_mode == "residual" else hidden_states[:, 1:]
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        if not isinstance(pixel_values, torch.Tensor):
+            raise TypeError(f"`pixel_values` has to be a torch.Tensor, got a {type(pixel_values).__name__}.")
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"`pixel_values` has to hold normalised floating-point numbers, got {pixel_values.dtype}; the image "
+                "processor makes them from pictures."
+            )
+        num_channels, token_size = self.config.num_channels, self.config.patch_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+            raise ValueError(
+                f"`pixel_values` has to be of shape [batch, {num_channels}, height, width], got "
+                f"{list(pixel_values.shape)}."
+            )
+        height, width = pixel_values.shape[-2:]
+        if height % token_size or width % token_size or not height or not width:
+            nearest = [max(token_size, round(side / token_size) * token_size) for side in (height, width)]
+            raise ValueError(
+                f"`pixel_values` is {height} x {width} pixels; height and width have to be positive multiples of "
+                f"{token_size}. The nearest valid size is {nearest[0]} x {nearest[1]}."
+            )
+
+    def _check_output_attentions(self, output_attentions: bool) -> None:
+        implementation = self.config.clip_config._attn_implementation
+        if output_attentions and implementation != "eager":
+            raise ValueError(
+                f"`output_attentions` needs `attn_implementation='eager'`; it is {implementation!r}. "
+                "Call `model.set_attn_implementation('eager')` first."
+            )
+
+    def encode(self, images: Any, *, image_processor: Any = None, batch_size: int = 1) -> list[torch.Tensor]:
+        """Turn pictures into tokens, without gradient but as ordinary tensors, fit to train something else on.
+
+        Args:
+            images: A picture or a list of them: paths, PIL images, arrays or tensors.
+            image_processor: What prepares them. By default the one saved with this checkpoint or, for a model that
+                has none, the preset that belongs to its feature mode at `config.image_size`.
+            batch_size: Pictures that pass through the model at once.
+
+        Returns:
+            One tensor [N, config.hidden_size] a picture, on the model's device and in its dtype.
+
+        Raises:
+            ValueError: `images` is empty, a picture is invalid, or `batch_size` is less than 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size!r}; it has to be at least 1.")
+        if image_processor is None:
+            image_processor = self._default_image_processor()
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)] or [images]
+        tokens = []
+        with torch.no_grad():
+            for batch in batches:
+                pixel_values = image_processor(batch, return_tensors="pt")["pixel_values"].to(self.device)
+                tokens.extend(self(pixel_values, return_dict=True).last_hidden_state)
+        return tokens
+
+    def _default_image_processor(self) -> Any:
+        source = self.config.name_or_path
+        files = ("preprocessor_config.json", "processor_config.json")
+        if source and (not os.path.isdir(source) or any(os.path.isfile(os.path.join(source, file)) for file in files)):
+            is_remote_code = type(self).__module__.startswith("transformers_modules.")
+            return AutoImageProcessor.from_pretrained(source, trust_remote_code=is_remote_code)
+        if type(self.config) not in IMAGE_PROCESSOR_MAPPING:
+            raise ValueError("The checkpoint has no image processor; pass one as `image_processor`.")
+        registered = IMAGE_PROCESSOR_MAPPING[type(self.config)]
+        # transformers keeps a tuple at first, with gaps, and a dictionary by backend later.
+        classes = registered.values() if isinstance(registered, dict) else registered
+        image_processor_class = next(entry for entry in classes if entry is not None)
+        return image_processor_class(preset=preset_of(self.config.feature_mode), size=self.config.image_size)
+
+    def layer_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters in groups, from the pixels to the tokens: one list for freezing and for learning-rate decay.
+
+        Returns:
+            Name to parameters, in the order of the data: `sam.patch_embed`, `sam.blocks.0` and on, `sam.neck`,
+            `sam.compressor`, `clip.embeddings`, `clip.layers.0` and on, and `projector` where there is one. Every
+            parameter is in exactly one group.
+        """
+        sam, clip = self.sam_model, self.vision_model
+        groups: dict[str, list[nn.Parameter]] = {"sam.patch_embed": [*sam.patch_embed.parameters(), sam.pos_embed]}
+        groups |= {f"sam.blocks.{index}": [*block.parameters()] for index, block in enumerate(sam.blocks)}
+        groups["sam.neck"] = [*sam.neck.parameters()]
+        groups["sam.compressor"] = [*sam.net_2.parameters(), *sam.net_3.parameters()]
+        groups["clip.embeddings"] = [*clip.embeddings.parameters(), *clip.pre_layrnorm.parameters()]
+        groups |= {
+            f"clip.layers.{index}": [*layer.parameters()] for index, layer in enumerate(clip.transformer.layers)
+        }
+        if self.config.feature_mode == "projected":
+            groups["projector"] = [*self.projector.parameters()]
+        return groups
+
+    def freeze(self, *names: str) -> "DeepSeekOCRVisionModel":
+        """Stop training layer groups, or everything if none is named. Gradients still pass through them.
+
+        Args:
+            names: Groups of `layer_groups`, or the front part of their names: `"sam"`, `"sam.blocks"`, `"clip"`.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: No group goes by that name; nothing is changed then.
+        """
+        return self._set_requires_grad(names, False)
+
+    def unfreeze(self, *names: str) -> "DeepSeekOCRVisionModel":
+        """Train layer groups, or everything if none is named; the reverse of `freeze`."""
+        return self._set_requires_grad(names, True)
+
+    def _set_requires_grad(self, names: tuple[str, ...], requires_grad: bool) -> "DeepSeekOCRVisionModel":
+        groups = self.layer_groups()
+        chosen = set()
+        for name in names or groups:
+            matches = {group for group in groups if f"{group}.".startswith(f"{name}.")}
+            if not matches:
+                raise ValueError(f"{name!r} is no layer group; there are {_group_names(groups)}.")
+            chosen |= matches
+        for group in chosen:
+            for parameter in groups[group]:
+                parameter.requires_grad_(requires_grad)
+        return self
+
+
+def _chosen(value: Any, *, default: Any) -> bool:
+    """An optional switch as a bool. Composites pass a layer's index, and index 0 means yes, so no test for truth."""
+    value = default if value is None else value
+    return value is not None and value is not False
+
+
+def _group_names(groups: dict) -> str:
+    """The names a caller may use, parents first, without the 24th of a kind."""
+    parents = [".".join(group.split(".")[:depth]) for group in groups for depth in (1, 2)]
+    return ", ".join(dict.fromkeys(parents)) + "; blocks and layers also one by one, such as sam.blocks.0"

@@ -1,0 +1,155 @@
+"""The first stage: SAM's ViT-B image encoder (arXiv 2304.02643), its neck, and DeepSeek-OCR's 16x compressor.
+
+Letters in the shapes: B batch, H and W rows and columns of the patch grid, C channels, S side of a window.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionSamConfig
+from .attention_deepseek_ocr_vision import SamAttention
+from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel, checkpointable, resize_positions
+
+
+def window_partition(hidden_states: torch.Tensor, window_size: int) -> torch.Tensor:
+    """Cut a grid into windows, padded with zeros at the bottom and the right where it does not divide.
+
+    Args:
+        hidden_states: [B, H, W, C].
+        window_size: S.
+
+    Returns:
+        [B x windows, S, S, C], row-major over the windows of each picture.
+    """
+    batch_size, height, width, channels = hidden_states.shape
+    rows, columns = -(-height // window_size), -(-width // window_size)
+    padding = (0, 0, 0, columns * window_size - width, 0, rows * window_size - height)
+    hidden_states = F.pad(hidden_states, padding)
+    windows = hidden_states.view(batch_size, rows, window_size, columns, window_size, channels).transpose(2, 3)
+    return windows.reshape(batch_size * rows * columns, window_size, window_size, channels)
+
+
+def window_unpartition(windows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Undo `window_partition`: put the windows back together and cut the padding off.
+
+    Args:
+        windows: [B x windows, S, S, C].
+        grid: (H, W) before the partition.
+
+    Returns:
+        [B, H, W, C].
+    """
+    num_windows, window_size, _, channels = windows.shape
+    height, width = grid
+    rows, columns = -(-height // window_size), -(-width // window_size)
+    batch_size = num_windows // (rows * columns)
+    windows = windows.view(batch_size, rows, columns, window_size, window_size, channels).transpose(2, 3)
+    hidden_states = windows.reshape(batch_size, rows * window_size, columns * window_size, channels)
+    return hidden_states[:, :height, :width]
+
+
+class SamPatchEmbed(nn.Module):
+    """Pixels to patches: a convolution whose stride is its kernel."""
+
+    def __init__(self, config: DeepSeekOCRVisionSamConfig, *, num_channels: int):
+        super().__init__()
+        self.proj = nn.Conv2d(
+            num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # [B, 3, height, width] -> [B, H, W, C]
+        return self.proj(pixel_values).permute(0, 2, 3, 1)
+
+
+class SamMLP(nn.Module):
+    """The feed-forward half of a block."""
+
+    def __init__(self, config: DeepSeekOCRVisionSamConfig):
+        super().__init__()
+        self.lin1 = nn.Linear(config.hidden_size, config.mlp_dim)
+        self.act = ACT2FN[config.hidden_act]
+        self.lin2 = nn.Linear(config.mlp_dim, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [..., C] -> [..., C]
+        return self.lin2(self.act(self.lin1(hidden_states)))
+
+
+class SamBlock(GradientCheckpointingLayer):
+    """A pre-norm transformer block that attends in windows or, if its index says so, to the whole grid."""
+
+    def __init__(self, config: DeepSeekOCRVisionSamConfig, *, index: int):
+        super().__init__()
+        is_global = index in config.global_attn_indexes
+        self.window_size = 0 if is_global else config.window_size
+        table_size = config.image_size // config.patch_size if is_global else config.window_size
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = SamAttention(config, table_size=table_size)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SamMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, H, W, C] -> [B, H, W, C]
+        hidden_states = hidden_states + self._attend(self.norm1(hidden_states))
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+    def _attend(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, H, W, C] -> [B, H, W, C]
+        if self.window_size == 0:
+            return self.attn(hidden_states)
+        # The padding comes after the norm, and no mask hides it: padded tokens take part as keys and values that
+        # equal the qkv bias. The released weights were trained so.
+        _, height, width, _ = hidden_states.shape
+        windows = window_partition(hidden_states, self.window_size)  # [B x windows, S, S, C]
+        return window_unpartition(self.attn(windows), (height, width))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of a picture in channels-first order."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, C, H, W] -> [B, C, H, W]
+        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
+    """The SAM stage: pixels [B, 3, height, width] to the compressed grid [B, 1024, height / 64, width / 64].
+
+    Args:
+        config: The SAM stage.
+        num_channels: Colour channels of the pixels.
+    """
+
+    config_class = DeepSeekOCRVisionSamConfig
+    base_model_prefix = "sam_model"
+
+    def __init__(self, config: DeepSeekOCRVisionSamConfig, *, num_channels: int = 3):
+        super().__init__(config)
+        table_size = config.image_size // config.patch_size
+        width, (middle_width, out_width) = config.output_channels, config.downsample_channels
+        self.patch_embed = SamPatchEmbed(config, num_channels=num_channels)
+        self.pos_embed = nn.Parameter(torch.zeros(1, table_size, table_size, config.hidden_size))
+        self.blocks = nn.ModuleList(SamBlock(config, index=index) for index in range(config.num_hidden_layers))
+        self.neck = nn.Sequential(
+            nn.Conv2d(config.hidden_size, width, kernel_size=1, bias=False),
+            LayerNorm2d(width, eps=config.layer_norm_eps),
+            nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(width, eps=config.layer_norm_eps),
+        )
+        self.net_2 = nn.Conv2d(width, middle_width, kernel_size=3, stride=2, padding=1, bias=False)
+        self.net_3 = nn.Conv2d(middle_width, out_width, kernel_size=3, stride=2, padding=1, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patch_embed.proj
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.patch_embed.proj = value
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.patch_embed(pixel_values)  # [B, H, W, C]
+        _, height, width, _ = hidden_states.shape
+        hidden_states = hidden_states + resize_positions(self.pos_embed[0], (height, width), antialias=True)
+        for block in self.blocks:
+            hidden_states = block(checkpointable(block, hidden_states))
+        hidden_states = self.neck(hidden_states.permute(0, 3, 1, 2))  # [B, 256, H, W]
+        return self.net_3(self.net_2(hidden_states))  # [B, 1024, H / 4, W / 4]
