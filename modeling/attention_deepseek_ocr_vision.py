@@ -55,6 +55,9 @@ def sdpa_attention(
     **_,
 ) -> tuple[torch.Tensor, None]:
     """Attention by `torch.nn.functional.scaled_dot_product_attention`, without its weights: ([B, N, A, D], None)."""
+    if query.shape[0] == 0:
+        # PyTorch's gives the mask no gradient then, not even an empty one, and DDP would wait for it.
+        return eager_attention(module, query, key, value, attention_mask, scaling=scaling)[0], None
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return output.transpose(1, 2), None
 

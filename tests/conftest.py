@@ -1,0 +1,56 @@
+"""Fixtures of all tests. Nothing is downloaded: the Hub is switched off before anything can ask for it."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+from helpers import GOLDEN, golden_shapes, golden_weight, tiny_config
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
+
+
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_model() -> DeepSeekOCRVisionModel:
+    """A tiny model in `residual` mode."""
+    return DeepSeekOCRVisionModel(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, torch.Tensor]:
+    """The golden outputs and gradients."""
+    return load_file(GOLDEN / "upstream_golden.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_weights() -> dict[str, torch.Tensor]:
+    """The golden weights of all 472 vision tensors; 1.6 GB, shared by the tests and so not to be changed."""
+    return {key: golden_weight(key, shape) for key, shape in golden_shapes().items()}
+
+
+@pytest.fixture
+def golden_model(golden_weights):
+    """Make a full-size model of a feature mode around the golden weights, without copying them."""
+
+    def make(feature_mode: str) -> DeepSeekOCRVisionModel:
+        with torch.device("meta"):
+            model = DeepSeekOCRVisionModel(DeepSeekOCRVisionConfig(feature_mode=feature_mode))
+        weights = {key: golden_weights[key] for key in model.state_dict()}
+        model.load_state_dict(weights, assign=True)
+        return model.requires_grad_()
+
+    return make

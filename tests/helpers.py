@@ -1,0 +1,113 @@
+"""What the tests share: small configurations, the golden weights and inputs, tolerances, fresh interpreters."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek_ocr_vision import DeepSeekOCRVisionConfig
+
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT.parent / "shared" / "golden"
+FEATURE_MODES = ("residual", "concat", "projected")
+
+# How far two ways of computing the same may be apart, relative to the spread of the values.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+GRADIENT_TOLERANCE = 1e-3
+
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden values are not at {GOLDEN}")
+
+
+def tiny_config(**fields) -> DeepSeekOCRVisionConfig:
+    """A config of 2 + 2 layers, width 32, with one windowed and one global block; 128 pixels are 2 x 2 tokens.
+
+    The grid of 8 x 8 patches is no multiple of the window, so padding is at work; `initializer_range` is large, so
+    that the weights matter to the output.
+    """
+    sam_config = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "mlp_dim": 64,
+        "window_size": 3,
+        "global_attn_indexes": [1],
+        "output_channels": 16,
+        "downsample_channels": [24, 32],
+        "image_size": 128,
+        "initializer_range": 0.1,
+    }
+    clip_config = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "grid_size": 2,
+        "initializer_range": 0.1,
+    }
+    defaults = {"sam_config": sam_config, "clip_config": clip_config, "projection_dim": 48}
+    return DeepSeekOCRVisionConfig(**(defaults | fields))
+
+
+def pixels(batch: int = 2, height: int = 128, width: int = 128, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random pixels [batch, 3, height, width], the same at every call."""
+    generator = torch.Generator().manual_seed(batch + height + width)
+    return torch.randn(batch, 3, height, width, generator=generator).to(dtype)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the standard deviation of what is expected."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).abs().max() / expected.std()).item()
+
+
+def golden_pixels(side: int) -> torch.Tensor:
+    """The input that the golden values were made from, [1, 3, side, side]."""
+    generator = np.random.Generator(np.random.PCG64(side))
+    return torch.from_numpy(generator.standard_normal((1, 3, side, side), dtype=np.float32))
+
+
+def golden_shapes() -> dict[str, tuple[int, ...]]:
+    """The 472 vision tensors of a released checkpoint."""
+    return {key: tuple(shape) for key, shape in json.loads((GOLDEN / "vision_keys.json").read_text()).items()}
+
+
+def golden_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The weight that the rule in the golden folder's README gives for a key."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
+    weight = generator.standard_normal(shape, dtype=np.float32)
+    if "norm" in key or ".neck.1." in key or ".neck.3." in key:
+        weight = 1 + 0.1 * weight if key.endswith(".weight") else 0.1 * weight
+    elif "rel_pos" in key:
+        weight = 0.1 * weight
+    elif key.endswith(".bias"):
+        weight = 0.02 * weight
+    elif any(part in key for part in ("pos_embed", "position_embedding", "class_embedding")):
+        weight = 0.1 * weight
+    else:
+        weight = weight / np.sqrt(np.float32(np.prod(shape[1:])))
+    return torch.from_numpy(weight)
+
+
+def run_python(code: str, *, package_installed: bool = True, **environment: str) -> str:
+    """Run code in a fresh interpreter, offline, and return what it writes; fail with its errors if it fails.
+
+    Args:
+        code: The program.
+        package_installed: Whether `import deepseek_ocr_vision` works there.
+        environment: Further environment variables.
+    """
+    # An import that finds a `None` in sys.modules fails just as one of a package that is not installed.
+    blocker = "" if package_installed else "import sys; sys.modules['deepseek_ocr_vision'] = None\n"
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"} | environment
+    command = [sys.executable, "-c", blocker + textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, env=variables, cwd="/", check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout

@@ -1,0 +1,80 @@
+"""The full-size encoder against numbers that the original code gave."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    GRADIENT_TOLERANCE,
+    TOLERANCE,
+    golden_pixels,
+    golden_shapes,
+    needs_golden,
+    relative_error,
+)
+
+
+pytestmark = needs_golden
+FP32 = TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("side", [512, 640, 1024])
+def test_residual_features_are_those_of_deepseek_ocr_encoder(golden, golden_model, side):
+    """Pins the class token that must be absent and the position table that must be resized without antialiasing."""
+    with torch.no_grad():
+        tokens = golden_model("residual")(golden_pixels(side)).last_hidden_state[0]
+    assert relative_error(tokens, golden[f"residual_{side}"]) < FP32
+
+
+@pytest.mark.parametrize("side", [512, 640, 1024])
+def test_both_stages_and_concat_features_are_those_of_the_released_model(golden, golden_model, side):
+    """Pins each stage by itself, and the order CLIP first, SAM second in the features."""
+    model = golden_model("concat")
+    with torch.no_grad():
+        feature_map = model.sam_model(golden_pixels(side))
+        clip_tokens = model.vision_model(feature_map).last_hidden_state[0]
+        tokens = model._features(feature_map.flatten(2).transpose(1, 2), clip_tokens[None, 1:])[0]
+    sam_golden, clip_golden = golden[f"sam_{side}"], golden[f"clip_{side}"]
+    assert relative_error(feature_map[0].flatten(1).t(), sam_golden) < FP32
+    assert relative_error(clip_tokens, clip_golden) < FP32
+    assert relative_error(tokens, torch.cat([clip_golden[1:], sam_golden], dim=-1)) < FP32
+
+
+def test_the_whole_concat_model_is_its_stages_put_together(golden, golden_model):
+    """Pins `forward` itself, class token taken off, which the test above takes apart."""
+    with torch.no_grad():
+        tokens = golden_model("concat")(golden_pixels(512)).last_hidden_state[0]
+    assert relative_error(tokens, torch.cat([golden["clip_512"][1:], golden["sam_512"]], dim=-1)) < FP32
+
+
+@pytest.mark.parametrize(("feature_mode", "side"), [("concat", 512), ("residual", 1024)])
+def test_gradients_are_those_of_the_original_code(golden, golden_model, feature_mode, side):
+    """Pins that no part of the way back is cut, scaled or approximated, down to the pixels."""
+    model = golden_model(feature_mode)
+    pixel_values = golden_pixels(side).requires_grad_()
+    features = model(pixel_values).last_hidden_state
+    generator = np.random.Generator(np.random.PCG64(7))
+    weighting = torch.from_numpy(generator.standard_normal(tuple(features.shape), dtype=np.float32))
+    (features * weighting).mean().backward()
+
+    prefix = f"{feature_mode}_{side}_grad_"
+    gradient = pixel_values.grad
+    assert gradient.norm().item() == pytest.approx(golden[prefix + "pixel_norm"].item(), rel=GRADIENT_TOLERANCE)
+    assert relative_error(gradient[0, :, 100:132, 200:232], golden[prefix + "pixels_crop"]) < GRADIENT_TOLERANCE
+    names = [key.removeprefix(f"{prefix}norm.") for key in golden if key.startswith(f"{prefix}norm.")]
+    assert len(names) >= 12
+    for name in names:
+        gradient = model.get_parameter(name).grad
+        expected_norm = golden[f"{prefix}norm.{name}"].item()
+        assert gradient.norm().item() == pytest.approx(expected_norm, rel=GRADIENT_TOLERANCE), name
+        assert relative_error(gradient.flatten()[:256], golden[f"{prefix}head.{name}"]) < GRADIENT_TOLERANCE, name
+
+
+def test_parameters_are_named_and_shaped_as_in_the_released_checkpoint(golden_model):
+    """Pins the names, typos included: loading is taking a prefix off, and writing back is putting it on."""
+    released = golden_shapes()
+    unused = {"vision_model.embeddings.patch_embedding.weight"}
+    concat = {name: tuple(value.shape) for name, value in golden_model("concat").state_dict().items()}
+    residual = {name: tuple(value.shape) for name, value in golden_model("residual").state_dict().items()}
+    assert concat == {key: shape for key, shape in released.items() if key not in unused}
+    unused.add("vision_model.embeddings.class_embedding")
+    assert residual == {key: shape for key, shape in released.items() if key not in unused}
