@@ -4,6 +4,7 @@ The architecture is that of the DeepSeek-OCR paper (arXiv 2510.18234): a SAM ViT
 patches, two strided convolutions compress its grid 4 x 4 to 1, and a CLIP-L transformer reads the result.
 """
 
+import os
 from typing import Any, ClassVar, Literal, get_args
 
 from transformers import PreTrainedConfig
@@ -57,6 +58,17 @@ class _ValidatedConfig(PreTrainedConfig):
         )
         is_activation = isinstance(self.hidden_act, str) and self.hidden_act in ACT2FN
         self._require_field("hidden_act", is_activation, f"one of {sorted(ACT2FN)}")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """Read the file, as `transformers` does, which would go on with a list or a string in its place."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not isinstance(config_dict, dict):
+            kind = type(config_dict).__name__
+            raise ValueError(
+                f"config.json of {pretrained_model_name_or_path} has to hold an object, it holds a {kind}."
+            )
+        return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -265,6 +277,7 @@ class DeepSeekOCRVisionConfig(CarriesCode, _ValidatedConfig):
     @property
     def hidden_size(self) -> int:
         """Width of the tokens that come out; composites size their projector by it."""
+        self._require_field("feature_mode", self.feature_mode in FEATURE_MODES, f"one of {FEATURE_MODES}")
         widths = {
             "residual": self.clip_config.hidden_size,
             "concat": self.clip_config.hidden_size + self.sam_config.downsample_channels[-1],

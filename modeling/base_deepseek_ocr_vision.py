@@ -1,5 +1,6 @@
 """What the whole encoder and its two stages share: how transformers treats them, and how new weights are drawn."""
 
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import torch
@@ -43,6 +44,15 @@ class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
     def initializer_range(self) -> float:
         """Standard deviation of newly drawn weights."""
         return self.config.initializer_range
+
+
+def without_drawing() -> AbstractContextManager:
+    """Leave the random state alone while modules are built, so that `_init_weights` alone decides what a seed gives.
+
+    PyTorch's modules draw weights of their own when they are built, but not on the meta device, where transformers
+    builds a model that it loads: one seed would give two models.
+    """
+    return torch.random.fork_rng(devices=[])
 
 
 def resize_positions(

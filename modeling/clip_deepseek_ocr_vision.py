@@ -11,7 +11,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionClipConfig
 from .attention_deepseek_ocr_vision import ClipAttention
-from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel, checkpointable, resize_positions
+from .base_deepseek_ocr_vision import (
+    DeepSeekOCRVisionPreTrainedModel,
+    checkpointable,
+    resize_positions,
+    without_drawing,
+)
 
 
 class ClipEmbeddings(nn.Module):
@@ -106,9 +111,10 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
 
     def __init__(self, config: DeepSeekOCRVisionClipConfig, *, class_token: bool = True):
         super().__init__(config)
-        self.embeddings = ClipEmbeddings(config, class_token=class_token)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.transformer = ClipTransformer(config)
+        with without_drawing():
+            self.embeddings = ClipEmbeddings(config, class_token=class_token)
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.transformer = ClipTransformer(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -29,15 +29,15 @@ def check_loading_info(loading_info: dict[str, Any], *, num_expected: int, allow
     """
     missing = sorted(loading_info["missing_keys"])
     unexpected = sorted(loading_info["unexpected_keys"])
-    mismatched = [] if allow_mismatched else sorted(loading_info["mismatched_keys"])
-    if len(missing) == num_expected:
+    mismatched = sorted(loading_info["mismatched_keys"])
+    if len(missing) + len(mismatched) == num_expected:
         raise ValueError(f"This is not a DeepSeek-OCR vision checkpoint: {_lookalike(unexpected)}.")
     problems = []
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {_shown(missing)}")
     if unexpected:
         problems.append(f"{len(unexpected)} tensors are not of this model: {_shown(unexpected)}")
-    if mismatched:
+    if mismatched and not allow_mismatched:
         shapes = [f"{key} (found {list(found)}, expected {list(expected)})" for key, found, expected in mismatched]
         problems.append(f"{len(mismatched)} tensors have another shape: {_shown(shapes)}")
     if problems:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..configuration.checkpoint_code_deepseek_ocr_vision import CarriesCode
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
 from ..configuration.presets_deepseek_ocr_vision import preset_of
-from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel
+from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel, without_drawing
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import check_loading_info
 from .sam_deepseek_ocr_vision import SamEncoder
@@ -63,7 +63,8 @@ class DeepSeekOCRVisionModel(CarriesCode, DeepSeekOCRVisionPreTrainedModel):
         self.vision_model = ClipEncoder(config.clip_config, class_token=with_class_token)
         if config.feature_mode == "projected":
             concat_size = config.clip_config.hidden_size + config.sam_config.downsample_channels[-1]
-            self.projector = Projector(concat_size, config.projection_dim)
+            with without_drawing():
+                self.projector = Projector(concat_size, config.projection_dim)
         self.post_init()
 
     @classmethod

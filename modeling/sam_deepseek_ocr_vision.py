@@ -11,7 +11,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionSamConfig
 from .attention_deepseek_ocr_vision import SamAttention
-from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel, checkpointable, resize_positions
+from .base_deepseek_ocr_vision import (
+    DeepSeekOCRVisionPreTrainedModel,
+    checkpointable,
+    resize_positions,
+    without_drawing,
+)
 
 
 def window_partition(hidden_states: torch.Tensor, window_size: int) -> torch.Tensor:
@@ -126,17 +131,18 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
         super().__init__(config)
         table_size = config.image_size // config.patch_size
         width, (middle_width, out_width) = config.output_channels, config.downsample_channels
-        self.patch_embed = SamPatchEmbed(config, num_channels=num_channels)
-        self.pos_embed = nn.Parameter(torch.zeros(1, table_size, table_size, config.hidden_size))
-        self.blocks = nn.ModuleList(SamBlock(config, index=index) for index in range(config.num_hidden_layers))
-        self.neck = nn.Sequential(
-            nn.Conv2d(config.hidden_size, width, kernel_size=1, bias=False),
-            LayerNorm2d(width, eps=config.layer_norm_eps),
-            nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
-            LayerNorm2d(width, eps=config.layer_norm_eps),
-        )
-        self.net_2 = nn.Conv2d(width, middle_width, kernel_size=3, stride=2, padding=1, bias=False)
-        self.net_3 = nn.Conv2d(middle_width, out_width, kernel_size=3, stride=2, padding=1, bias=False)
+        with without_drawing():
+            self.patch_embed = SamPatchEmbed(config, num_channels=num_channels)
+            self.pos_embed = nn.Parameter(torch.zeros(1, table_size, table_size, config.hidden_size))
+            self.blocks = nn.ModuleList(SamBlock(config, index=index) for index in range(config.num_hidden_layers))
+            self.neck = nn.Sequential(
+                nn.Conv2d(config.hidden_size, width, kernel_size=1, bias=False),
+                LayerNorm2d(width, eps=config.layer_norm_eps),
+                nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
+                LayerNorm2d(width, eps=config.layer_norm_eps),
+            )
+            self.net_2 = nn.Conv2d(width, middle_width, kernel_size=3, stride=2, padding=1, bias=False)
+            self.net_3 = nn.Conv2d(middle_width, out_width, kernel_size=3, stride=2, padding=1, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
