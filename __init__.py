@@ -12,13 +12,16 @@ from deepseek_ocr_vision.configuration import (
     Preset,
 )
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionProcessor
 
 
 __all__ = [
     "PRESETS",
     "DeepSeekOCRVisionClipConfig",
     "DeepSeekOCRVisionConfig",
+    "DeepSeekOCRVisionImageProcessor",
     "DeepSeekOCRVisionModel",
+    "DeepSeekOCRVisionProcessor",
     "DeepSeekOCRVisionSamConfig",
     "Preset",
 ]

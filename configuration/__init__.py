@@ -7,9 +7,16 @@ from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import 
     DeepSeekOCRVisionConfig,
     DeepSeekOCRVisionSamConfig,
 )
-from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import PRESETS, Preset
+from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import PRESETS, Preset, preset_of
 
 
 AutoConfig.register(DeepSeekOCRVisionConfig.model_type, DeepSeekOCRVisionConfig, exist_ok=True)
 
-__all__ = ["PRESETS", "DeepSeekOCRVisionClipConfig", "DeepSeekOCRVisionConfig", "DeepSeekOCRVisionSamConfig", "Preset"]
+__all__ = [
+    "PRESETS",
+    "DeepSeekOCRVisionClipConfig",
+    "DeepSeekOCRVisionConfig",
+    "DeepSeekOCRVisionSamConfig",
+    "Preset",
+    "preset_of",
+]

@@ -9,15 +9,18 @@ the code of classes that it loaded with `trust_remote_code` by itself.
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 PACKAGE = "deepseek_ocr_vision"
+IN_PACKAGE = __name__.startswith(f"{PACKAGE}.")
 FLAT_CODE = {
     "configuration": ("configuration", "checkpoint_code", "presets"),
     "modeling": ("modeling", "loading", "sam", "clip", "base", "attention"),
-    "processing": ("processing", "image_processing"),
+    "processing": ("processing", "image_processing", "pictures"),
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek_ocr_vision.DeepSeekOCRVisionConfig",
@@ -81,6 +84,11 @@ class CarriesCode:
 
     code_entries: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def code_parts(self) -> tuple[Any, ...]:
+        """What the JSON file describes: this object, and parts of it that name their code there as well."""
+        return (self,) if self.code_entries else ()
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """Save as `transformers` does, after writing the flat code into `save_directory`.
 
@@ -88,11 +96,25 @@ class CarriesCode:
             NotADirectoryError: `save_directory` is a file.
         """
         # Before the parent's: with `push_to_hub=True` it uploads whatever it finds when it is done.
-        if __name__.startswith(f"{PACKAGE}."):
+        if IN_PACKAGE:
             stage_code(save_directory)
-            if self.code_entries:
-                self.auto_map = {entry: AUTO_MAP[entry] for entry in self.code_entries}
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        with ExitStack() as stack:
+            for part in self.code_parts:
+                stack.enter_context(_with_auto_map(part))
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
 
-__all__ = ["AUTO_MAP", "CarriesCode", "flatten", "stage_code"]
+@contextmanager
+def _with_auto_map(part: Any) -> Iterator[None]:
+    """Name the code of `part` while it is saved: the `auto_map` belongs to the folder, not to the object."""
+    before = vars(part).get("auto_map")
+    part.auto_map = {entry: AUTO_MAP[entry] for entry in part.code_entries}
+    try:
+        yield
+    finally:
+        del part.auto_map
+        if before is not None:
+            part.auto_map = before
+
+
+__all__ = ["AUTO_MAP", "IN_PACKAGE", "CarriesCode", "flatten", "stage_code"]

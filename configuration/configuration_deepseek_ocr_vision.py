@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .checkpoint_code_deepseek_ocr_vision import CarriesCode
+from .checkpoint_code_deepseek_ocr_vision import IN_PACKAGE, CarriesCode
 
 
 FeatureMode = Literal["residual", "concat", "projected"]
@@ -262,6 +262,8 @@ class DeepSeekOCRVisionConfig(CarriesCode, _ValidatedConfig):
         **kwargs,
     ):
         stated_hidden_size = kwargs.pop("hidden_size", None)
+        if IN_PACKAGE:
+            kwargs.pop("auto_map", None)
         self.sam_config = _as_config("sam_config", sam_config, DeepSeekOCRVisionSamConfig)
         self.clip_config = _as_config("clip_config", clip_config, DeepSeekOCRVisionClipConfig)
         self.image_size = self.sam_config.image_size if image_size is None else image_size

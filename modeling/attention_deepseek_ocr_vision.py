@@ -173,8 +173,11 @@ class ClipAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # [B, N, C]
+    def forward(  # [B, N, C] -> [B, N, C], [B, A, N, N]
+        self, hidden_states: torch.Tensor, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = split_heads(self.qkv_proj(hidden_states), self.num_heads)  # each [B, A, N, D]
-        attend = attention_function(self.config._attn_implementation)
+        # Only the eager function makes the weights, so it serves whoever asks for them.
+        attend = attention_function("eager" if output_attentions else self.config._attn_implementation)
         output, weights = attend(self, query, key, value, None, scaling=self.scaling, is_causal=False)  # [B, N, A, D]
         return self.out_proj(output.reshape(hidden_states.shape)), weights

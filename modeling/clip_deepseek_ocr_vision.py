@@ -1,6 +1,7 @@
 """The second stage: CLIP-L's vision transformer (arXiv 2103.00020), fed with the compressed grid of the first.
 
-Letters in the shapes: B batch, H and W rows and columns of the token grid, N tokens of a picture, C channels.
+Letters in the shapes: B batch, H and W rows and columns of the token grid, N tokens of a picture, A heads, C
+channels.
 """
 
 import torch
@@ -67,8 +68,10 @@ class ClipLayer(GradientCheckpointingLayer):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = ClipMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # [B, N, C]
-        attended, weights = self.self_attn(self.layer_norm1(hidden_states))
+    def forward(  # [B, N, C] -> [B, N, C], [B, A, N, N]
+        self, hidden_states: torch.Tensor, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, weights = self.self_attn(self.layer_norm1(hidden_states), output_attentions)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
 
@@ -85,7 +88,7 @@ class ClipTransformer(nn.Module):
     ) -> BaseModelOutput:
         all_hidden_states, all_weights = [hidden_states], []
         for layer in self.layers:
-            hidden_states, weights = layer(checkpointable(layer, hidden_states))
+            hidden_states, weights = layer(checkpointable(layer, hidden_states), output_attentions)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if output_attentions:

@@ -7,7 +7,7 @@ Letters in the shapes: B batch, H and W rows and columns of the token grid, N = 
 """
 
 import os
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +21,12 @@ from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel, without_
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import check_loading_info
 from .sam_deepseek_ocr_vision import SamEncoder
+
+
+if TYPE_CHECKING:
+    # Never runs. transformers reads this line to learn which files a checkpoint's model travels with, and its older
+    # versions do not look for it in the files imported above.
+    from .attention_deepseek_ocr_vision import attention_function  # noqa: F401
 
 
 class Projector(nn.Module):
@@ -81,8 +87,8 @@ class DeepSeekOCRVisionModel(CarriesCode, DeepSeekOCRVisionPreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: A folder, a Hub id, or `None` with a `state_dict` to start from.
-            strict: Whether weights that are missing, unknown or of another shape are an error. By default they are
-                for a checkpoint, and not for `None`.
+            strict: Whether weights that are missing, unknown or of another shape are an error. By default they are,
+                save for `None`, and save for a caller who takes the account of them by `output_loading_info`.
             ignore_mismatched_sizes: Whether weights of another shape are drawn anew even so.
             output_loading_info: Whether to return transformers' dictionary of missing and other keys as well.
             model_args: As in transformers.
@@ -91,7 +97,8 @@ class DeepSeekOCRVisionModel(CarriesCode, DeepSeekOCRVisionPreTrainedModel):
         Raises:
             ValueError: The checkpoint does not fit; the message names keys and shapes.
         """
-        strict = pretrained_model_name_or_path is not None if strict is None else strict
+        if strict is None:
+            strict = pretrained_model_name_or_path is not None and not output_loading_info
         model, loading_info = super().from_pretrained(
             pretrained_model_name_or_path,
             *model_args,
@@ -132,35 +139,30 @@ class DeepSeekOCRVisionModel(CarriesCode, DeepSeekOCRVisionPreTrainedModel):
                 Cast to the weights' dtype. An empty batch gives an empty batch of tokens.
             output_hidden_states: Whether to return the CLIP stage's hidden states. Composites pass the index of the
                 layer that they want, such as -1 or 0, so any integer means yes.
-            output_attentions: Whether to return the CLIP stage's attention weights; needs `"eager"` attention there.
+            output_attentions: Whether to return the CLIP stage's attention weights. That stage attends the `"eager"`
+                way then, whatever its `attn_implementation`.
             return_dict: Whether to return an output object or a tuple.
 
         Returns:
             `last_hidden_state` [B, N, config.hidden_size], row-major over the grid; `pooler_output`
             [B, config.hidden_size], the mean of the tokens; `hidden_states`, a tuple of what enters the first CLIP
-            layer and what leaves each, [B, N, C] without the class token, the last one replaced by
+            layer and what leaves each, [B, N, C] (N + 1 with a class token, the first), the last one replaced by
             `last_hidden_state`; `attentions`, one [B, heads, N, N] a CLIP layer (N + 1 with a class token).
 
         Raises:
             TypeError: `pixel_values` is no tensor of floating-point numbers.
-            ValueError: `pixel_values` has a wrong shape, or attention weights were asked for and are not made.
+            ValueError: `pixel_values` has a wrong shape.
         """
         output_hidden_states = _chosen(output_hidden_states, default=self.config.output_hidden_states)
         output_attentions = _chosen(output_attentions, default=self.config.output_attentions)
         return_dict = _chosen(return_dict, default=self.config.return_dict)
         self._check_pixel_values(pixel_values)
-        self._check_output_attentions(output_attentions)
 
         pixel_values = pixel_values.to(self.get_input_embeddings().weight.dtype)
         feature_map = self.sam_model(pixel_values)  # [B, C, H, W]
         clip_outputs = self.vision_model(feature_map, output_hidden_states, output_attentions)
-        tokens = feature_map.flatten(2).transpose(1, 2)  # [B, N, C]
-        last_hidden_state = self._features(tokens, self._without_class_token(clip_outputs.last_hidden_state))
-
-        hidden_states = None
-        if output_hidden_states:
-            earlier_hidden_states = clip_outputs.hidden_states[:-1]
-            hidden_states = (*map(self._without_class_token, earlier_hidden_states), last_hidden_state)
+        last_hidden_state = self._features(feature_map, clip_outputs.last_hidden_state)
+        hidden_states = (*clip_outputs.hidden_states[:-1], last_hidden_state) if output_hidden_states else None
         outputs = BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=last_hidden_state.mean(dim=1),
@@ -169,15 +171,13 @@ class DeepSeekOCRVisionModel(CarriesCode, DeepSeekOCRVisionPreTrainedModel):
         )
         return outputs if return_dict else outputs.to_tuple()
 
-    def _features(self, tokens: torch.Tensor, clip_tokens: torch.Tensor) -> torch.Tensor:
-        """Combine both stages' tokens, each [B, N, C], as the feature mode says."""
+    def _features(self, feature_map: torch.Tensor, clip_tokens: torch.Tensor) -> torch.Tensor:
+        """Combine both stages' outputs, [B, C, H, W] and [B, N (+ 1), C], as the feature mode says."""
+        tokens = feature_map.flatten(2).transpose(1, 2)  # [B, N, C]
         if self.config.feature_mode == "residual":
             return tokens + clip_tokens
-        features = torch.cat([clip_tokens, tokens], dim=-1)  # [B, N, 2C]: CLIP first, SAM second
+        features = torch.cat([clip_tokens[:, 1:], tokens], dim=-1)  # [B, N, 2C]: CLIP first, SAM second
         return self.projector(features) if self.config.feature_mode == "projected" else features
-
-    def _without_class_token(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states if self.config.feature_mode == "residual" else hidden_states[:, 1:]
 
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         if not isinstance(pixel_values, torch.Tensor):
@@ -199,14 +199,6 @@ class DeepSeekOCRVisionModel(CarriesCode, DeepSeekOCRVisionPreTrainedModel):
             raise ValueError(
                 f"`pixel_values` is {height} x {width} pixels; height and width have to be positive multiples of "
                 f"{token_size}. The nearest valid size is {nearest[0]} x {nearest[1]}."
-            )
-
-    def _check_output_attentions(self, output_attentions: bool) -> None:
-        implementation = self.config.clip_config._attn_implementation
-        if output_attentions and implementation != "eager":
-            raise ValueError(
-                f"`output_attentions` needs `attn_implementation='eager'`; it is {implementation!r}. "
-                "Call `model.set_attn_implementation('eager')` first."
             )
 
     def encode(self, images: Any, *, image_processor: Any = None, batch_size: int = 1) -> list[torch.Tensor]:

@@ -169,30 +169,30 @@ def test_attention_that_cannot_be_used_is_an_error(tiny_model, name):
         tiny_model.set_attn_implementation(name)
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(("feature_mode", "keys"), [("residual", 4), ("concat", 5), ("projected", 5)])
-def test_attention_weights_come_with_eager(feature_mode, keys):
-    """Pins their shape, one a CLIP layer, and that each row is a distribution."""
-    model = DeepSeekOCRVisionModel(tiny_config(feature_mode=feature_mode, attn_implementation="eager"))
-    attentions = model(pixels(), output_attentions=True).attentions
-    assert [weights.shape for weights in attentions] == [(2, 4, keys, keys)] * 2
-    assert all(torch.allclose(weights.sum(-1), torch.ones(2, 4, keys)) for weights in attentions)
-
-
-def test_attention_weights_without_eager_are_an_error_that_says_so(tiny_model):
-    """Pins that a caller who asks for weights does not get `None`."""
-    with pytest.raises(ValueError, match="eager"):
-        tiny_model(pixels(), output_attentions=True)
+def test_attention_weights_come_when_asked_for(feature_mode, keys, attn_implementation):
+    """Pins their shape, one a CLIP layer, that each row is a distribution, and that SDPA does not give `None`."""
+    model = DeepSeekOCRVisionModel(tiny_config(feature_mode=feature_mode, attn_implementation=attn_implementation))
+    outputs = model(pixels(), output_attentions=True)
+    assert [weights.shape for weights in outputs.attentions] == [(2, 4, keys, keys)] * 2
+    assert all(torch.allclose(weights.sum(-1), torch.ones(2, 4, keys)) for weights in outputs.attentions)
+    assert relative_error(outputs.last_hidden_state, model(pixels()).last_hidden_state) < 1e-5
 
 
 @pytest.mark.parametrize("feature_mode", FEATURE_MODES)
 @pytest.mark.parametrize("wanted", [True, 1, 0, -1])
 def test_hidden_states_end_in_the_tokens_and_may_be_asked_for_by_index(feature_mode, wanted):
-    """Pins LLaVA in transformers 5, which passes a layer's index; index 0 is not a no."""
+    """Pins LLaVA in transformers 5, which passes a layer's index; index 0 is not a no. And no state is a mere copy."""
     model = DeepSeekOCRVisionModel(tiny_config(feature_mode=feature_mode))
     outputs = model(pixels(), output_hidden_states=wanted)
     assert len(outputs.hidden_states) == model.config.clip_config.num_hidden_layers + 1
     assert outputs.hidden_states[-1] is outputs.last_hidden_state
-    assert all(states.shape == (2, 4, 32) for states in outputs.hidden_states[:-1])
+    with_class_token = 4 if feature_mode == "residual" else 5
+    assert all(states.shape == (2, with_class_token, 32) for states in outputs.hidden_states[:-1])
+    outputs.hidden_states[0].retain_grad()
+    outputs.last_hidden_state.sum().backward()
+    assert outputs.hidden_states[0].grad.count_nonzero() > 0
 
 
 @pytest.mark.parametrize("wanted", [None, False])

@@ -115,10 +115,8 @@ def test_an_empty_checkpoint_is_called_that(tmp_path, tiny_model):
 def test_what_does_not_fit_can_be_allowed(tmp_path, tiny_model):
     """Pins the way round each error, for who knows better."""
     tiny_model.save_pretrained(tmp_path)
-    loaded, info = AutoModel.from_pretrained(
-        tmp_path, feature_mode="projected", strict=False, output_loading_info=True
-    )
-    assert loaded.config.hidden_size == 48
+    assert AutoModel.from_pretrained(tmp_path, feature_mode="projected", strict=False).config.hidden_size == 48
+    _, info = AutoModel.from_pretrained(tmp_path, feature_mode="projected", output_loading_info=True)
     assert any("projector" in name for name in info["missing_keys"])
     change_weights(tmp_path, lambda weights: weights | {"sam_model.net_2.weight": torch.zeros(24, 16, 5, 5)})
     loaded = AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)

@@ -1,0 +1,71 @@
+"""The image processor as a processor, for `AutoProcessor`: pictures only, no tokenizer."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+
+from ..configuration.checkpoint_code_deepseek_ocr_vision import CarriesCode
+from .image_processing_deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor
+
+
+if TYPE_CHECKING:
+    # Never runs. transformers reads these lines to learn which files a checkpoint's processor travels with, and its
+    # older versions do not look for them in the files imported above.
+    from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig  # noqa: F401
+    from ..configuration.presets_deepseek_ocr_vision import PRESETS  # noqa: F401
+    from .pictures_deepseek_ocr_vision import read_picture  # noqa: F401
+
+
+class DeepSeekOCRVisionProcessor(CarriesCode, ProcessorMixin):
+    """A processor whose only part is a `DeepSeekOCRVisionImageProcessor`.
+
+    `processor(images=..., return_tensors="pt").pixel_values` is [B, 3, H, W]. For text with pictures use transformers'
+    own `LlavaProcessor(image_processor, tokenizer, patch_size=64, vision_feature_select_strategy="full")`.
+
+    Args:
+        image_processor: The image processor. Defaults to a `DeepSeekOCRVisionImageProcessor` as built without
+            arguments.
+
+    Raises:
+        TypeError: `image_processor` is no image processor.
+    """
+
+    code_entries: ClassVar = ("AutoImageProcessor", "AutoProcessor")
+
+    def __init__(self, image_processor: Any = None, **kwargs):
+        super().__init__(DeepSeekOCRVisionImageProcessor() if image_processor is None else image_processor, **kwargs)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
+        """Prepare pictures.
+
+        Args:
+            images: Pictures, as `DeepSeekOCRVisionImageProcessor` takes them.
+            text: Not for this processor.
+            **kwargs: What the image processor takes for one call, also inside `images_kwargs` or `common_kwargs`.
+
+        Raises:
+            TypeError: An argument is not known.
+            ValueError: There is text, or there are no pictures, or the image processor cannot read one.
+        """
+        if text is not None:
+            raise ValueError(
+                "`text` was given, but this processor has no tokenizer. For text with pictures use transformers' "
+                "LlavaProcessor(image_processor=processor.image_processor, tokenizer=..., patch_size=64, "
+                "vision_feature_select_strategy='full')."
+            )
+        if images is None:
+            raise ValueError("`images` is None; give a picture or a list of pictures.")
+        options = [kwargs.pop(group, None) or {} for group in ("common_kwargs", "images_kwargs")] + [kwargs]
+        twice = sorted(name for name in options[1] if name in kwargs)
+        if twice:
+            raise ValueError(f"{twice} are given twice: by themselves and inside `images_kwargs`.")
+        return self.image_processor(images, **(options[0] | options[1] | options[2]))
+
+    @property
+    def code_parts(self) -> tuple[Any, ...]:
+        """The image processor is saved with the processor, and may name its code as well."""
+        return (self, self.image_processor) if isinstance(self.image_processor, CarriesCode) else (self,)
+
+
+__all__ = ["DeepSeekOCRVisionProcessor"]
