@@ -1,0 +1,63 @@
+"""The shape of the house: who imports whom, and what an installation holds."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, run_python
+
+
+FOLDERS = ("configuration", "modeling", "processing")
+MAY_IMPORT = {"configuration": set(), "modeling": {"configuration"}, "processing": {"configuration"}}
+
+
+def imported_folders(path: Path) -> set[str]:
+    """The folders of ours that a module imports from, its own aside."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            prefix = "" if node.level else "deepseek_ocr_vision."
+            match = re.match(rf"{re.escape(prefix)}(\w+)", node.module or "")
+            if match and match[1] in FOLDERS:
+                found.add(match[1])
+    return found - {path.parent.name}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_one_way(folder):
+    """Pins the house: configuration stands alone, modeling and processing stand on it and not on each other."""
+    for path in (ROOT / folder).glob("*.py"):
+        assert imported_folders(path) <= MAY_IMPORT[folder], path
+
+
+def test_importing_the_package_registers_all_four_auto_classes():
+    """Pins the front door, in a fresh interpreter."""
+    output = run_python("""
+        import deepseek_ocr_vision as package
+        from transformers import AutoConfig, AutoModel, LlavaConfig
+        config = AutoConfig.for_model("deepseek_ocr_vision")
+        print(type(config) is package.DeepSeekOCRVisionConfig)
+        from transformers import IMAGE_PROCESSOR_MAPPING, MODEL_MAPPING, PROCESSOR_MAPPING
+        print(all(type(config) in mapping for mapping in (IMAGE_PROCESSOR_MAPPING, MODEL_MAPPING, PROCESSOR_MAPPING)))
+        print(type(LlavaConfig(vision_config={"model_type": "deepseek_ocr_vision"}).vision_config) is type(config))
+        print(all(hasattr(package, name) for name in package.__all__))
+    """)
+    assert output.split() == ["True"] * 4
+
+
+def test_the_wheel_holds_the_package_and_no_tests(tmp_path):
+    """Pins a root that is the package: what lies beside it must not be packed, nor anything of it forgotten."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    copy = tmp_path / "source"
+    passed_over = shutil.ignore_patterns(".*", "build", "dist", "outputs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=passed_over)
+    subprocess.run(command, cwd=copy, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {f"{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
+    assert names == {f"deepseek_ocr_vision/{name}" for name in expected | {"__init__.py", "hub_upload.py"}}
