@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 
 PACKAGE = "deepseek_ocr_vision"
@@ -74,34 +74,24 @@ def _write_if_changed(path: Path, text: str) -> Path:
     return path
 
 
-class CarriesCode:
-    """Mixin: `save_pretrained` also writes the code and the `auto_map` that load the folder without this package.
+@contextmanager
+def checkpoint_code(save_directory: str | os.PathLike, *parts: Any) -> Iterator[None]:
+    """Put the code into a folder, and its names into the JSON files of what is saved there meanwhile.
 
-    Attributes:
-        code_entries: The Auto classes that the JSON file of this object names; none for a model, whose file is its
-            configuration's.
+    Args:
+        save_directory: Where the checkpoint goes.
+        parts: Objects that are saved, whose `code_entries` are the Auto classes that load them.
+
+    Raises:
+        NotADirectoryError: `save_directory` is a file.
     """
-
-    code_entries: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def code_parts(self) -> tuple[Any, ...]:
-        """What the JSON file describes: this object, and parts of it that name their code there as well."""
-        return (self,) if self.code_entries else ()
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """Save as `transformers` does, after writing the flat code into `save_directory`.
-
-        Raises:
-            NotADirectoryError: `save_directory` is a file.
-        """
-        # Before the parent's: with `push_to_hub=True` it uploads whatever it finds when it is done.
-        if IN_PACKAGE:
-            stage_code(save_directory)
-        with ExitStack() as stack:
-            for part in self.code_parts:
-                stack.enter_context(_with_auto_map(part))
-            return super().save_pretrained(save_directory, *args, **kwargs)
+    # Before anything is saved: with `push_to_hub=True` transformers uploads whatever it finds when it is done.
+    if IN_PACKAGE:
+        stage_code(save_directory)
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(_with_auto_map(part))
+        yield
 
 
 @contextmanager
@@ -117,4 +107,4 @@ def _with_auto_map(part: Any) -> Iterator[None]:
             part.auto_map = before
 
 
-__all__ = ["AUTO_MAP", "IN_PACKAGE", "CarriesCode", "flatten", "stage_code"]
+__all__ = ["AUTO_MAP", "IN_PACKAGE", "checkpoint_code", "flatten", "stage_code"]

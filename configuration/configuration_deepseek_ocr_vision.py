@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .checkpoint_code_deepseek_ocr_vision import IN_PACKAGE, CarriesCode
+from .checkpoint_code_deepseek_ocr_vision import IN_PACKAGE, checkpoint_code
 
 
 FeatureMode = Literal["residual", "concat", "projected"]
@@ -222,7 +222,7 @@ class DeepSeekOCRVisionClipConfig(_ValidatedConfig):
         self._require_integers("intermediate_size", "grid_size")
 
 
-class DeepSeekOCRVisionConfig(CarriesCode, _ValidatedConfig):
+class DeepSeekOCRVisionConfig(_ValidatedConfig):
     """The whole encoder: a SAM stage, a CLIP stage, and what is made of their outputs.
 
     Args:
@@ -310,6 +310,15 @@ class DeepSeekOCRVisionConfig(CarriesCode, _ValidatedConfig):
             self.sam_config.downsample_channels,
             f"a list that ends in clip_config.hidden_size ({self.clip_config.hidden_size}): CLIP reads those channels",
         )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Save as transformers does, with the code that loads the folder where this package is not installed.
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+        """
+        with checkpoint_code(save_directory, self):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary, the derived `hidden_size` among them for readers of the JSON."""

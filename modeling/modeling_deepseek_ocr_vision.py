@@ -14,7 +14,7 @@ from torch import nn
 from transformers import IMAGE_PROCESSOR_MAPPING, AutoImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..configuration.checkpoint_code_deepseek_ocr_vision import CarriesCode
+from ..configuration.checkpoint_code_deepseek_ocr_vision import checkpoint_code
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
 from ..configuration.presets_deepseek_ocr_vision import preset_of
 from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel, without_drawing
@@ -40,7 +40,7 @@ class Projector(nn.Module):
         return self.layers(features)
 
 
-class DeepSeekOCRVisionModel(CarriesCode, DeepSeekOCRVisionPreTrainedModel):
+class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
     """The encoder: SAM ViT-B, a 16x convolutional compressor, and CLIP-L. A 1024 x 1024 page becomes 256 tokens.
 
     Parameters are named as in the released checkpoint, less its prefix `model.`, which loading takes off.
@@ -111,6 +111,15 @@ class DeepSeekOCRVisionModel(CarriesCode, DeepSeekOCRVisionPreTrainedModel):
             num_expected = len(model.state_dict())
             check_loading_info(loading_info, num_expected=num_expected, allow_mismatched=ignore_mismatched_sizes)
         return (model, loading_info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Save as transformers does, with the code that loads the folder where this package is not installed.
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+        """
+        with checkpoint_code(save_directory):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def initializer_range(self) -> float:

@@ -6,8 +6,9 @@ come from a preset (`PRESETS`): those of the package `deepseek-ocr-encoder`, or 
 not be installed.
 """
 
+import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from ..configuration.checkpoint_code_deepseek_ocr_vision import CarriesCode
+from ..configuration.checkpoint_code_deepseek_ocr_vision import checkpoint_code
 from ..configuration.presets_deepseek_ocr_vision import PRESETS
 from .pictures_deepseek_ocr_vision import fetch_pictures, named_pictures, read_picture
 
@@ -50,6 +51,8 @@ FIELDS = (
     "do_convert_rgb",
     "resize_backend",
 )
+# What a JSON file says about the class.
+FILE_FIELDS = ("image_processor_type", "processor_class", "auto_map")
 TENSOR_TYPES = ("pt", "np")
 CHANNEL_ORDERS = ("channels_first", "channels_last")
 
@@ -74,7 +77,7 @@ class DeepSeekOCRVisionImagesKwargs(ImagesKwargs, total=False):
     resize_backend: str | None
 
 
-class DeepSeekOCRVisionImageProcessor(CarriesCode, BaseImageProcessor):
+class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
     """Turns pictures into the `pixel_values` that a `DeepSeekOCRVisionModel` reads.
 
     `processor(images, return_tensors="pt").pixel_values` is [B, 3, H, W], float32. `images` is a picture, a list of
@@ -150,9 +153,7 @@ class DeepSeekOCRVisionImageProcessor(CarriesCode, BaseImageProcessor):
         resize_backend: Backend = "auto",
         **kwargs,
     ):
-        for what_json_files_say in ("image_processor_type", "processor_class", "auto_map"):
-            kwargs.pop(what_json_files_say, None)
-        _refuse_unknown(kwargs, known=FIELDS)
+        _refuse_unknown(kwargs.keys() - set(FILE_FIELDS), known=FIELDS)
         super().__init__()
         defaults = PRESETS[_choice("preset", preset, tuple(PRESETS))]
         self.preset = preset
@@ -224,19 +225,34 @@ class DeepSeekOCRVisionImageProcessor(CarriesCode, BaseImageProcessor):
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
         """Build from a dictionary, as `transformers` does. With another `preset`, geometry and colours are that one's.
 
+        Fields that are not known, as a file of another version may have, are kept as plain attributes.
+
         Raises:
-            TypeError: The dictionary has a field that is not known.
             ValueError: A field has a value that is not allowed.
         """
         if kwargs.get("preset") not in (None, image_processor_dict.get("preset")):
             belonging = ("do_pad", "image_mean", "image_std")
             image_processor_dict = {k: v for k, v in image_processor_dict.items() if k not in belonging}
-        return super().from_dict(image_processor_dict, **kwargs)
+        known = {k: v for k, v in image_processor_dict.items() if k in FIELDS}
+        result = super().from_dict(known, **kwargs)
+        image_processor = result[0] if isinstance(result, tuple) else result
+        for name in image_processor_dict.keys() - {*FIELDS, *FILE_FIELDS, "crop_size"}:
+            setattr(image_processor, name, image_processor_dict[name])
+        return result
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary. In a saved folder it also names the processor, for `AutoProcessor`."""
         fields = super().to_dict()
         return fields | {"processor_class": "DeepSeekOCRVisionProcessor"} if "auto_map" in fields else fields
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Save as transformers does, with the code that loads the folder where this package is not installed.
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+        """
+        with checkpoint_code(save_directory, self):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _with(self, overrides: dict[str, Any]) -> "DeepSeekOCRVisionImageProcessor":
         """This image processor with some fields replaced; all are validated again, as they may have been set since."""
@@ -353,7 +369,7 @@ class DeepSeekOCRVisionImageProcessor(CarriesCode, BaseImageProcessor):
 # Arguments
 
 
-def _refuse_unknown(given: dict[str, Any], known: Sequence[str]) -> None:
+def _refuse_unknown(given: Iterable[str], known: Sequence[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise TypeError(f"The DeepSeek-OCR image processor has no {', '.join(unknown)}; it has {', '.join(known)}.")

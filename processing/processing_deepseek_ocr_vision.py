@@ -1,11 +1,12 @@
 """The image processor as a processor, for `AutoProcessor`: pictures only, no tokenizer."""
 
+import os
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
-from ..configuration.checkpoint_code_deepseek_ocr_vision import CarriesCode
+from ..configuration.checkpoint_code_deepseek_ocr_vision import checkpoint_code
 from .image_processing_deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor
 
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from .pictures_deepseek_ocr_vision import read_picture  # noqa: F401
 
 
-class DeepSeekOCRVisionProcessor(CarriesCode, ProcessorMixin):
+class DeepSeekOCRVisionProcessor(ProcessorMixin):
     """A processor whose only part is a `DeepSeekOCRVisionImageProcessor`.
 
     `processor(images=..., return_tensors="pt").pixel_values` is [B, 3, H, W]. For text with pictures use transformers'
@@ -36,19 +37,18 @@ class DeepSeekOCRVisionProcessor(CarriesCode, ProcessorMixin):
     def __init__(self, image_processor: Any = None, **kwargs):
         super().__init__(DeepSeekOCRVisionImageProcessor() if image_processor is None else image_processor, **kwargs)
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
+    def __call__(self, images: Any = None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
         """Prepare pictures.
 
         Args:
             images: Pictures, as `DeepSeekOCRVisionImageProcessor` takes them.
-            text: Not for this processor.
             **kwargs: What the image processor takes for one call, also inside `images_kwargs` or `common_kwargs`.
 
         Raises:
             TypeError: An argument is not known.
             ValueError: There is text, or there are no pictures, or the image processor cannot read one.
         """
-        if text is not None:
+        if kwargs.pop("text", None) is not None or kwargs.pop("text_kwargs", None):
             raise ValueError(
                 "`text` was given, but this processor has no tokenizer. For text with pictures use transformers' "
                 "LlavaProcessor(image_processor=processor.image_processor, tokenizer=..., patch_size=64, "
@@ -62,10 +62,15 @@ class DeepSeekOCRVisionProcessor(CarriesCode, ProcessorMixin):
             raise ValueError(f"{twice} are given twice: by themselves and inside `images_kwargs`.")
         return self.image_processor(images, **(options[0] | options[1] | options[2]))
 
-    @property
-    def code_parts(self) -> tuple[Any, ...]:
-        """The image processor is saved with the processor, and may name its code as well."""
-        return (self, self.image_processor) if isinstance(self.image_processor, CarriesCode) else (self,)
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Save as transformers does, with the code that loads the folder where this package is not installed.
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+        """
+        parts = [part for part in (self, self.image_processor) if hasattr(part, "code_entries")]
+        with checkpoint_code(save_directory, *parts):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 __all__ = ["DeepSeekOCRVisionProcessor"]
