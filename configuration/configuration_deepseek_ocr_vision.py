@@ -62,11 +62,15 @@ class _ValidatedConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         """Read the file, as `transformers` does, which would go on with a list or a string in its place."""
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            found = type(config_dict).__name__
+        except (AttributeError, TypeError) as error:
+            # Older versions stumble over what they have read.
+            config_dict, found = None, f"something else ({error})"
         if not isinstance(config_dict, dict):
-            kind = type(config_dict).__name__
             raise ValueError(
-                f"config.json of {pretrained_model_name_or_path} has to hold an object, it holds a {kind}."
+                f"config.json of {pretrained_model_name_or_path} has to hold an object, but holds {found}."
             )
         return config_dict, kwargs
 

@@ -1,0 +1,44 @@
+# `make finetune` and `make test` set everything up in .venv by themselves, once.
+# PYTHON chooses the interpreter it is made with (3.11 or newer), ARGS goes to the example or to pytest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help finetune test lint format bench clean
+
+help:
+	@echo "make finetune   teach a small encoder inside LLaVA to read handwriting: outputs/finetune"
+	@echo "make test       run the tests"
+	@echo "make lint       check format and style"
+	@echo "make format     mend format and style"
+	@echo "make bench      time a forward pass beside transformers' Unlimited-OCR"
+	@echo "make clean      remove .venv and what was built"
+
+finetune: $(VENV)/.train
+	$(BIN)/python examples/finetune.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/forward.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# An extra is installed again only when what it is made of has changed.
+$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
