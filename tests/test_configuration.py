@@ -85,11 +85,10 @@ def test_a_value_that_is_not_allowed_is_an_error_that_names_its_field(field, fie
         tiny_config(**fields)
 
 
-@pytest.mark.parametrize(("field", "fields"), BAD_FIELDS)
+# What a file says of the derived width is checked against the file's own mode, above.
+@pytest.mark.parametrize(("field", "fields"), [bad for bad in BAD_FIELDS if bad[0] != "hidden_size"])
 def test_a_file_with_a_value_that_is_not_allowed_is_an_error_too(tmp_path, field, fields):
     """Pins validation when a config is loaded; transformers only logs another `model_type`."""
-    if "hidden_size" in fields:
-        pytest.skip("a derived field is checked against the file's own mode, as above")
     contents = tiny_config().to_dict() | fields
     (tmp_path / "config.json").write_text(json.dumps(contents, default=str))
     with pytest.raises(ValueError, match=f"`{field}`"):
