@@ -1,0 +1,233 @@
+"""What the example trains on: pages of handwritten digits that need no download, or pages of your own.
+
+The digits are the 1,797 scans, 8 x 8 pixels in 17 levels of grey, that scikit-learn carries as `load_digits`: the test
+part of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak (UCI Machine Learning Repository,
+1998). They are split into scans for training and scans held out *before* any page is made, so no scan on a held-out
+page was ever seen in training.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch.utils.data import Dataset
+
+
+CREDIT = (
+    "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, as "
+    "carried by scikit-learn (`load_digits`)"
+)
+SPLITS = ("train", "held_out")
+NUM_TRAINING_SCANS = 1400
+CELL_SIDE = 64  # pixels; the square that one token of the encoder stands for
+SCAN_SIDES = range(44, 61)  # pixels that a scan may measure on the page
+
+
+# Handwritten digits
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Scanned digits.
+
+    Attributes:
+        pictures: S grey pictures of 8 x 8 pixels, black ink on white paper.
+        digits: What each shows, 0 to 9.
+        indexes: Which of `load_digits` each is.
+    """
+
+    pictures: list[Image.Image]
+    digits: list[int]
+    indexes: list[int]
+
+
+def split_scans(seed: int) -> dict[str, Scans]:
+    """Shuffle the 1,797 scans and split them: 1,400 under `"train"`, the other 397 under `"held_out"`."""
+    digits = load_digits()
+    paper_minus_ink = 255 - np.round(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]
+    order = np.random.default_rng(seed).permutation(len(paper_minus_ink))
+    parts = zip(SPLITS, np.split(order, [NUM_TRAINING_SCANS]), strict=True)
+    return {
+        split: Scans([Image.fromarray(paper_minus_ink[i]) for i in part], digits.target[part].tolist(), part.tolist())
+        for split, part in parts
+    }
+
+
+class HandwrittenPages(Dataset):
+    """Pages with handwritten digits, drawn when asked for.
+
+    A page is divided into cells of 64 x 64 pixels, as many as the encoder gives tokens. At least half of them, chosen
+    at random, hold one digit, of random size and at a random place in the cell. The text is what is read row by row
+    from top to bottom, each row from left to right, with a newline between rows and nothing for an empty cell or row.
+
+    Page `index` follows from the seed, the split and `index` alone, so it is the same in every process and epoch.
+
+    Args:
+        scans: What the pages are made of.
+        num_pages: Number of pages.
+        page_size: Side of a page in pixels, a multiple of 64.
+        seed: Any integer from 0 on.
+        split: Tells the pages of one split from those of another.
+    """
+
+    def __init__(
+        self, scans: Scans, *, num_pages: int, page_size: int, seed: int, split: Literal["train", "held_out"]
+    ):
+        if page_size < CELL_SIDE or page_size % CELL_SIDE:
+            raise ValueError(f"`page_size` is {page_size}; it has to be a positive multiple of {CELL_SIDE}.")
+        self.scans = scans
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.stream = (seed, SPLITS.index(split))
+
+    def __len__(self) -> int:
+        return self.num_pages
+
+    def __getitem__(self, index: int) -> dict:
+        """Page `index`: `image`, a PIL image in RGB, and `text`."""
+        if not 0 <= index < self.num_pages:
+            raise IndexError(f"There is no page {index}; there are {self.num_pages}.")
+        rng = np.random.default_rng([*self.stream, index])
+        digits = self.choose_digits(rng)
+        rows = [[str(self.scans.digits[scan]) for (row, _), scan in digits if row == wanted] for wanted in self.rows()]
+        return {"image": self.draw(rng, digits), "text": "\n".join("".join(row) for row in rows if row)}
+
+    def rows(self) -> range:
+        """The rows of cells; there are as many columns."""
+        return range(self.page_size // CELL_SIDE)
+
+    def choose_digits(self, rng: np.random.Generator) -> list[tuple[tuple[int, int], int]]:
+        """Choose what is on a page: (row, column) of a cell and the scan in it, in the order of reading."""
+        cells = [(row, column) for row in self.rows() for column in self.rows()]
+        number = rng.integers(-(-len(cells) // 2), len(cells) + 1)
+        chosen = np.sort(rng.choice(len(cells), size=number, replace=False))
+        scans = rng.integers(len(self.scans.digits), size=number).tolist()
+        return [(cells[cell], scan) for cell, scan in zip(chosen, scans, strict=True)]
+
+    def draw(self, rng: np.random.Generator, digits: list[tuple[tuple[int, int], int]]) -> Image.Image:
+        """Draw the digits, each somewhere in its cell."""
+        page = Image.new("L", (self.page_size, self.page_size), color=255)
+        for (row, column), scan in digits:
+            side = int(rng.choice(SCAN_SIDES))
+            left, top = rng.integers(0, CELL_SIDE - side + 1, size=2).tolist()
+            picture = self.scans.pictures[scan].resize((side, side), Image.Resampling.BICUBIC)
+            page.paste(picture, (CELL_SIDE * column + left, CELL_SIDE * row + top))
+        return page.convert("RGB")
+
+
+def load_handwritten_pages(
+    *, num_pages: int, num_held_out_pages: int, page_size: int, seed: int
+) -> tuple[HandwrittenPages, HandwrittenPages]:
+    """Pages for training and pages held out, from scans that do not meet."""
+    scans = split_scans(seed)
+    numbers = zip(SPLITS, (num_pages, num_held_out_pages), strict=True)
+    train, held_out = (
+        HandwrittenPages(scans[split], num_pages=number, page_size=page_size, seed=seed, split=split)
+        for split, number in numbers
+    )
+    return train, held_out
+
+
+# Your own pages
+
+
+class OwnPages(Dataset):
+    """The pictures and texts of a `datasets.Dataset`, under the names that the example uses.
+
+    Args:
+        table: One row a page.
+        image_column: Where the picture is: a picture, a path, or the bytes of a file.
+        text_column: Where the text is that can be read on it.
+
+    Raises:
+        ValueError: There is no row, or no such column, or the column holds no text.
+    """
+
+    def __init__(self, table: datasets.Dataset, *, image_column: str, text_column: str):
+        if len(table) == 0:
+            raise ValueError("There are no pages in the data.")
+        for option, column in (("--image_column", image_column), ("--text_column", text_column)):
+            if column not in table.column_names:
+                raise ValueError(f"The data has no column {column!r} but {table.column_names}; name it by {option}.")
+        self.images = table.select_columns([image_column]).cast_column(image_column, datasets.Image())
+        self.texts = table[text_column]
+        self.image_column = image_column
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        """Page `index`: `image`, a PIL image, and `text`."""
+        text = self.texts[index]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"Page {index} has the text {text!r}; it has to be a string that is not blank.")
+        return {"image": self.images[index][self.image_column], "text": text}
+
+
+def load_own_pages(
+    source: str, *, image_column: str, text_column: str, held_out_fraction: float, seed: int
+) -> tuple[OwnPages, OwnPages]:
+    """Pages for training and pages held out, from a folder or whatever else `datasets.load_dataset` opens.
+
+    Args:
+        source: A folder of pictures with a `metadata.jsonl`, one `{"file_name": ..., "text": ...}` a line; or what
+            `datasets.load_dataset` takes. Its split `validation`, or else `test`, is held out.
+        image_column: Where the picture is.
+        text_column: Where the text is.
+        held_out_fraction: Part of the pages, chosen by `seed`, that is held out where there is no such split.
+        seed: Any integer from 0 on.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or a picture that the metadata names is not there.
+        ValueError: There are no pages or not the columns, or a line of the metadata cannot be read.
+    """
+    splits = open_splits(source)
+    held_out_name = next((name for name in ("validation", "test") if name in splits), None)
+    if "train" not in splits:
+        raise ValueError(f"{source} has no split 'train' but {list(splits)}.")
+    if held_out_name is None:
+        splits, held_out_name = split_off(splits["train"], held_out_fraction, seed), "test"
+    columns = {"image_column": image_column, "text_column": text_column}
+    return OwnPages(splits["train"], **columns), OwnPages(splits[held_out_name], **columns)
+
+
+def open_splits(source: str) -> dict[str, datasets.Dataset]:
+    """Open the user's data: a table a split."""
+    folder = Path(source)
+    if (folder / "metadata.jsonl").is_file():
+        return {"train": datasets.Dataset.from_list(list(read_metadata(folder)))}
+    if not folder.exists() and (folder.is_absolute() or source.startswith((".", "~"))):
+        raise FileNotFoundError(f"--data: there is no folder {source}.")
+    return dict(datasets.load_dataset(source))
+
+
+def read_metadata(folder: Path) -> Iterable[dict]:
+    """Read `metadata.jsonl`, the way `datasets` does: `file_name`, relative to the folder, becomes `image`."""
+    for number, line in enumerate((folder / "metadata.jsonl").read_text("utf-8").splitlines(), start=1):
+        place = f"{folder / 'metadata.jsonl'}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place} is not JSON: {error}.") from error
+        if not isinstance(row, dict) or "file_name" not in row:
+            raise ValueError(f"{place} has no 'file_name'.")
+        picture = folder / row.pop("file_name")
+        if not picture.is_file():
+            raise FileNotFoundError(f"{place} names {picture}, which is not there.")
+        yield row | {"image": str(picture)}
+
+
+def split_off(table: datasets.Dataset, fraction: float, seed: int) -> dict[str, datasets.Dataset]:
+    """Hold out a part of the pages, at least one, under `"test"`; the rest is `"train"`."""
+    if len(table) < 2:
+        raise ValueError(f"The data has {len(table)} pages; at least 2 are needed, one to train on and one held out.")
+    num_held_out = min(max(1, round(len(table) * fraction)), len(table) - 1)
+    return dict(table.train_test_split(test_size=num_held_out, seed=seed))

@@ -1,0 +1,530 @@
+"""The main job, `examples/finetune.py`: its pages, its two runs, what it leaves, and going on after a crash."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, LlamaConfig, LlavaForConditionalGeneration
+
+
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import finetune  # noqa: E402
+import pages  # noqa: E402
+import report  # noqa: E402
+
+
+STEPS = 6
+FEW_STEPS = [
+    *("--max_steps", str(STEPS), "--warmup_steps", "2", "--logging_steps", "1", "--save_steps", "2"),
+    *("--eval_steps", "3", "--per_device_train_batch_size", "4", "--num_pages", "40", "--num_held_out_pages", "6"),
+]
+
+
+def command(output: Path, *options: str) -> list[str]:
+    return [sys.executable, str(EXAMPLES / "finetune.py"), "--output_dir", str(output), *FEW_STEPS, *options]
+
+
+def environment() -> dict[str, str]:
+    """One thread: on busy cores two of them wait for each other far longer than such small work takes."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def finetune_in_a_process(output: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(output, *options), capture_output=True, text=True, check=False, env=environment())
+
+
+def losses(output: Path, run: str) -> list[tuple]:
+    """What `Trainer` logged, less what a clock says."""
+    history = json.loads((output / run / "result.json").read_text())["history"]
+    kept = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
+    return [tuple(entry.get(key) for key in kept) for entry in history if "loss" in entry or "eval_loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The output folder of a whole run of a few steps, started from the command line and never cut off."""
+    output = tmp_path_factory.mktemp("finetune") / "output"
+    process = finetune_in_a_process(output)
+    assert process.returncode == 0, process.stderr
+    return output
+
+
+@pytest.fixture
+def resumable(finished, tmp_path) -> Path:
+    """A copy of the output folder, as if both runs had been cut off after their last checkpoint."""
+    output = tmp_path / "output"
+    shutil.copytree(finished, output)
+    for run in ("trained", "frozen"):
+        (output / run / "result.json").unlink()
+    return output
+
+
+def parse(output: Path, *options: str):
+    return finetune.parse_arguments(command(output, *options)[2:])
+
+
+# Pages of handwritten digits
+
+
+def test_no_scan_is_both_trained_on_and_held_out():
+    """Splitting pages and not scans would put the same stroke on both sides, and the accuracy would mean nothing."""
+    for seed in range(3):
+        scans = pages.split_scans(seed)
+        train, held_out = set(scans["train"].indexes), set(scans["held_out"].indexes)
+        assert (len(train), len(held_out)) == (1400, 397)
+        assert train | held_out == set(range(1797))
+
+
+def test_scans_keep_their_labels_through_the_shuffle():
+    """Shuffling pictures and digits by two orders would teach nonsense."""
+    bunch = pages.load_digits()
+    scans = pages.split_scans(3)["held_out"]
+    assert scans.digits == [bunch.target[index] for index in scans.indexes]
+    ink = [255 - int(picture.getpixel((4, 3))) for picture in scans.pictures]
+    assert ink == [round(bunch.images[index][3, 4] * 255 / 16) for index in scans.indexes]
+
+
+def handwritten(seed: int = 0, split: str = "train", page_size: int = 128) -> pages.HandwrittenPages:
+    scans = pages.split_scans(seed)[split]
+    return pages.HandwrittenPages(scans, num_pages=50, page_size=page_size, seed=seed, split=split)
+
+
+def same(first: dict, second: dict) -> bool:
+    return first["text"] == second["text"] and first["image"].tobytes() == second["image"].tobytes()
+
+
+def test_a_page_follows_from_seed_split_and_index_alone():
+    """A generator carried from page to page would make a page depend on the workers and on where a run resumed."""
+    train = handwritten()
+    last_first = [train[index] for index in reversed(range(10))][::-1]
+    assert all(same(page, handwritten()[index]) for index, page in enumerate(last_first))
+    assert not same(train[0], train[1])
+    assert not same(train[0], handwritten(seed=1)[0])
+    assert handwritten(split="held_out").stream != train.stream
+
+
+def test_iterating_over_pages_ends():
+    """Without an IndexError at the end, a `for` loop over the pages never stops."""
+    assert len(list(handwritten())) == 50
+
+
+def test_text_is_read_row_by_row_from_the_left():
+    """Text in the order of drawing, or by columns, cannot be told from a page."""
+    train = handwritten(page_size=192)
+    for index in range(20):
+        rng = pages.np.random.default_rng([*train.stream, index])
+        digits = train.choose_digits(rng)
+        cells = [cell for cell, _ in digits]
+        assert cells == sorted(cells)
+        assert 5 <= len(cells) == len(set(cells)) <= 9
+        rows = train[index]["text"].split("\n")
+        expected: dict[int, str] = {}
+        for (row, _), scan in digits:
+            expected[row] = expected.get(row, "") + str(train.scans.digits[scan])
+        assert rows == list(expected.values())
+
+
+def test_digits_lie_in_their_cells_without_overlap():
+    """A digit across a cell's edge would be cut or overlap its neighbour, and the page could not be read."""
+    train = handwritten()
+    for index in range(20):
+        rng = pages.np.random.default_rng([*train.stream, index])
+        cells = {cell for cell, _ in train.choose_digits(rng)}
+        picture = train[index]["image"].convert("L")
+        for row in range(2):
+            for column in range(2):
+                cell = picture.crop((64 * column, 64 * row, 64 * column + 64, 64 * row + 64))
+                assert (cell.getextrema()[0] < 128) == ((row, column) in cells)
+
+
+# Batches
+
+
+def test_labels_are_the_text_and_its_end_alone():
+    """Labels on picture tokens or padding would train the model to write those."""
+    processor = finetune.build_processor(finetune.ModelArguments(), page_size=128)
+    batch = finetune.Collator(processor)(
+        [{"image": Image.new("RGB", (128, 128)), "text": text} for text in ("7", "12\n3")]
+    )
+    eos = processor.tokenizer.eos_token_id
+    for row, text in zip(batch["labels"], ("7", "12\n3"), strict=True):
+        kept = row[row != finetune.NOT_TRAINED_ON].tolist()
+        assert kept == [*processor.tokenizer(text)["input_ids"], eos]
+    assert (batch["input_ids"][0] == processor.image_token_id).sum() == 4
+
+
+def test_a_page_whose_text_names_the_image_token_is_refused():
+    """Such a text would be taken for a second picture, with an error far away."""
+    processor = finetune.build_processor(finetune.ModelArguments(), page_size=128)
+    with pytest.raises(ValueError, match="<image>"):
+        finetune.Collator(processor)([{"image": Image.new("RGB", (128, 128)), "text": "see <image>"}])
+
+
+@pytest.mark.parametrize("text", ["0123456789\n42", "naïve café, 漢字 \t🙂"])
+def test_the_byte_tokenizer_gives_any_text_back(text):
+    """A vocabulary of digits, or a decoder that tidies spaces, would silently change the user's text."""
+    tokenizer = finetune.byte_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+# The whole of it
+
+
+def test_everything_is_left_in_the_output_folder(finished):
+    """A name that changes breaks the README and whoever reads these files."""
+    files = {str(path.relative_to(finished)) for path in finished.rglob("*")}
+    assert files >= {"report.md", "loss.png", "predictions.png", "encoder/config.json", "encoder/model.safetensors"}
+    assert files >= {"composite/config.json", "composite/model.safetensors", "composite/tokenizer.json"}
+    assert not [file for file in files if ".tmp" in file]
+    for name in ("loss.png", "predictions.png"):
+        with Image.open(finished / name) as picture:
+            picture.verify()
+
+
+def test_the_report_holds_both_runs_and_the_command(finished):
+    """Numbers without the command and the versions cannot be measured again."""
+    text = (finished / "report.md").read_text()
+    for expected in ("digit accuracy", "encoder trained", "encoder frozen", "finetune.py --output_dir", "Alpaydin"):
+        assert expected in text
+    assert f"transformers {version('transformers')}" in text
+    assert "bit for bit equal" in text
+
+
+def test_the_saved_encoder_is_the_trained_one(finished):
+    """Saving the encoder as it started, or the composite's before training, would pass unnoticed."""
+    composite = LlavaForConditionalGeneration.from_pretrained(finished / "composite")
+    encoder = AutoModel.from_pretrained(finished / "encoder")
+    assert all(
+        torch.equal(value, encoder.state_dict()[key])
+        for key, value in composite.model.vision_tower.state_dict().items()
+    )
+    page = handwritten()[0]["image"]
+    pixels = AutoProcessor.from_pretrained(finished / "encoder")(images=page, return_tensors="pt")["pixel_values"]
+    processor = AutoProcessor.from_pretrained(finished / "composite")
+    inputs = processor(images=page, text="<image>", return_tensors="pt")
+    assert pixels.shape == (1, 3, 128, 128)
+    assert torch.equal(pixels, inputs["pixel_values"])
+
+
+def test_training_changes_every_weight_of_the_encoder_and_freezing_none(finished):
+    """A cut graph leaves weights as they were, and a forgotten `freeze` makes both runs the same."""
+    start = initial_encoder()
+    for run, changes in (("trained", True), ("frozen", False)):
+        checkpoint = LlavaForConditionalGeneration.from_pretrained(finished / run / f"checkpoint-{STEPS}")
+        tower = checkpoint.model.vision_tower.state_dict()
+        changed = {key: not torch.equal(value, start[key]) for key, value in tower.items()}
+        assert set(changed.values()) == {changes}, changed
+
+
+def initial_encoder() -> dict[str, torch.Tensor]:
+    arguments = finetune.ModelArguments()
+    finetune.set_seed(0)
+    model = finetune.build_model(arguments, finetune.build_processor(arguments, page_size=None))
+    return model.model.vision_tower.state_dict()
+
+
+def test_both_runs_start_alike_and_see_the_same_pages(finished):
+    """Another start or another order would make the comparison one of luck."""
+    trained, frozen = ([entry[1] for entry in losses(finished, run)] for run in ("trained", "frozen"))
+    # Attention has another kernel where no gradient is needed, so the last bit may differ.
+    assert trained[0] == pytest.approx(frozen[0], rel=1e-5)
+    assert trained[STEPS - 2] != pytest.approx(frozen[STEPS - 2], rel=1e-5)
+
+
+# Going on
+
+
+def test_killed_and_resumed_gives_the_losses_of_an_uninterrupted_run(finished, tmp_path):
+    """Lost optimizer states, another page order or new random numbers would show in the last bits of the losses."""
+    output = tmp_path / "output"
+    resume = ("--resume_from_checkpoint", "true")
+    kill_after_checkpoint(output / "trained", *resume)
+    leave_unfinished(output / "trained")
+    kill_after_checkpoint(output / "frozen", *resume)
+    process = finetune_in_a_process(output, *resume)
+    assert process.returncode == 0, process.stderr
+    assert "The run with the encoder trained is finished" in process.stderr
+    assert re.search(r"Going on from .*frozen/checkpoint-\d", process.stderr)
+    for run in ("trained", "frozen"):
+        assert losses(output, run) == losses(finished, run)
+
+
+def kill_after_checkpoint(run: Path, *options: str) -> None:
+    """Run until the run has its first checkpoint, and kill the process then without warning."""
+    line = command(run.parent, *options)
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()) as process:
+        wait_for(run / "checkpoint-2" / "trainer_state.json", process)
+        process.send_signal(signal.SIGKILL)
+    assert not (run / "result.json").exists()
+
+
+def leave_unfinished(run: Path) -> None:
+    """Leave what a process leaves that is killed while it writes the second checkpoint."""
+    folder = run / "checkpoint-4"
+    shutil.copytree(run / "checkpoint-2", folder, dirs_exist_ok=True)
+    truncate(folder / "optimizer.pt")
+    (folder / "trainer_state.json").unlink()
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, truncate])
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_an_incomplete_checkpoint_is_passed_over(resumable, damage, name):
+    """`Trainer` takes the newest folder, which after a crash while it was written has no whole state to go on from."""
+    run = resumable / "frozen"
+    assert finetune.checkpoint_to_resume(run, "true") == str(run / "checkpoint-6")
+    damage(run / "checkpoint-6" / name)
+    assert finetune.checkpoint_to_resume(run, "true") == str(run / "checkpoint-4")
+    with pytest.raises(ValueError, match="not complete"):
+        finetune.checkpoint_to_resume(run, str(run / "checkpoint-6"))
+
+
+def test_killed_after_the_last_checkpoint_takes_no_step_more(resumable):
+    """`Trainer` takes one more step when it resumes from the last one, and the result would be another."""
+    run = resumable / "frozen"
+    _, model_arguments, arguments = parse(resumable, "--resume_from_checkpoint", "true")
+    processor = finetune.build_processor(model_arguments, page_size=128)
+    checkpoint = finetune.checkpoint_to_resume(run, "true")
+    history = finetune.train(
+        finetune.load_checkpoint(checkpoint),
+        {"train": handwritten(), "held_out": handwritten(split="held_out")},
+        processor=processor,
+        arguments=arguments,
+        run_folder=run,
+        checkpoint=checkpoint,
+    )
+    assert history[-1]["step"] == STEPS
+    assert len([entry for entry in history if "loss" in entry]) == STEPS
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_finished_run_is_kept_unless_its_checkpoint_is_asked_for(finished):
+    """Training a finished run again wastes its time; not training it on request ignores the user."""
+    checkpoint = str(finished / "trained" / "checkpoint-4")
+    assert finetune.names_checkpoint_of(finished / "trained", checkpoint)
+    assert not finetune.names_checkpoint_of(finished / "frozen", checkpoint)
+    assert finetune.checkpoint_to_resume(finished / "trained", checkpoint) == checkpoint
+    assert finetune.checkpoint_to_resume(finished / "frozen", checkpoint).endswith("checkpoint-6")
+
+
+@pytest.mark.parametrize("path", ["checkpoint-4", "trained", "other/checkpoint-4"])
+def test_a_checkpoint_that_is_no_run_of_the_output_folder_is_refused(finished, path):
+    """A path with a typing error would quietly resume from somewhere else."""
+    with pytest.raises(ValueError, match="--resume_from_checkpoint"):
+        parse(finished, "--resume_from_checkpoint", str(finished / path))
+
+
+def test_an_output_folder_in_use_is_refused(finished):
+    """Without this a second run would mix its checkpoints with the first one's."""
+    before = (finished / "report.md").read_bytes()
+    with pytest.raises(FileExistsError, match=r"--resume_from_checkpoint true.*--overwrite"):
+        finetune.main(command(finished)[2:])
+    assert (finished / "report.md").read_bytes() == before
+
+
+def test_resuming_with_other_arguments_is_refused(finished):
+    """The second half of a run with another seed or learning rate belongs to no run at all."""
+    with pytest.raises(ValueError, match=r"--learning_rate is 0\.5 and was 0\.001; --seed is 3 and was 0"):
+        finetune.main(
+            command(finished, "--resume_from_checkpoint", "true", "--seed", "3", "--learning_rate", "0.5")[2:]
+        )
+
+
+def test_overwriting_deletes_what_the_script_made_and_nothing_else(finished, tmp_path):
+    """A folder's other files are the user's."""
+    output = tmp_path / "output"
+    shutil.copytree(finished, output)
+    (output / "notes.txt").write_text("mine")
+    (output / ".encoder.tmp-killed").mkdir()
+    finetune.claim_output_folder(output, {}, resume=False, overwrite=True)
+    assert sorted(path.name for path in output.iterdir()) == ["arguments.json", "notes.txt"]
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",), ("--resume_from_checkpoint", "true")])
+def test_a_folder_that_the_script_did_not_make_is_left_alone(tmp_path, options):
+    """`--output_dir .` beside someone's own `encoder/` must not replace it."""
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="did not make"):
+        finetune.main(command(tmp_path, *options)[2:])
+    assert (tmp_path / "encoder" / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--encoder", "--language_model", "--data"])
+def test_what_is_read_cannot_lie_where_is_written(finished, option):
+    """`--overwrite` would delete the checkpoint that the run is to start from."""
+    with pytest.raises(ValueError, match=f"{option} .*lies in --output_dir"):
+        parse(finished, option, str(finished / "encoder"), "--overwrite")
+
+
+def test_reloading_the_best_checkpoint_is_refused(tmp_path):
+    """`Trainer` reloads no weight of a LLaVA and only warns of that, so the last weights would pass for the best."""
+    with pytest.raises(ValueError, match="load_best_model_at_end"):
+        parse(tmp_path, "--load_best_model_at_end", "--eval_steps", "2")
+
+
+def test_an_unknown_layer_group_is_named_and_the_output_folder_stays_free(tmp_path):
+    """A typing error that occupies the output folder has to be cleaned up by hand before the next try."""
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'sam.neckk' is no layer group"):
+            finetune.main(command(tmp_path / "output", "--freeze", "sam.neckk")[2:])
+
+
+# Your own pages, encoder and language model
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder of eight pictures with a `metadata.jsonl`, as a user makes it."""
+    folder = tmp_path / "my pages"
+    (folder / "scans").mkdir(parents=True)
+    own = handwritten(page_size=192)
+    with (folder / "metadata.jsonl").open("w") as metadata:
+        for index in range(8):
+            page = own[index]
+            page["image"].crop((0, 0, 192, 150)).save(folder / "scans" / f"{index}.png")
+            metadata.write(json.dumps({"file_name": f"scans/{index}.png", "text": page["text"]}) + "\n")
+    return folder
+
+
+def load(source, **options):
+    chosen = {"image_column": "image", "text_column": "text", "held_out_fraction": 0.25, "seed": 0} | options
+    return pages.load_own_pages(str(source), **chosen)
+
+
+def test_own_pages_keep_their_pictures_with_their_texts_and_are_held_out_once(folder):
+    """Pictures in the order of the file system, or a page on both sides, would spoil the training or the measure."""
+    parts = load(folder)
+    assert [len(part) for part in parts] == [6, 2]
+    own = handwritten(page_size=192)
+    expected = sorted((own[i]["text"], own[i]["image"].crop((0, 0, 192, 150)).tobytes()) for i in range(8))
+    found = sorted((page["text"], page["image"].tobytes()) for part in parts for page in part)
+    assert found == expected
+
+
+def test_a_data_set_that_datasets_opens_keeps_its_own_split(folder, tmp_path, monkeypatch):
+    """Splitting anew would train on the pages that the user holds out."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"scan": str(folder / "scans" / f"{index}.png"), "says": str(index)} for index in range(8)]
+    for split, part in (("train", rows[:5]), ("validation", rows[5:])):
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        datasets.Dataset.from_list(part).to_parquet(str(tmp_path / "tables" / f"{split}.parquet"))
+    train, held_out = load(tmp_path / "tables", image_column="scan", text_column="says")
+    assert [page["text"] for page in train] == list("01234")
+    assert [page["text"] for page in held_out] == list("567")
+    assert train[0]["image"].size == (192, 150)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "options", "error", "message"),
+    [
+        ('{"file_name": "scans/0.png", "words": "1"}\n' * 4, {}, ValueError, "no column 'text'.*--text_column"),
+        ('{"file_name": "scans/0.png", "text": "1"}\n' * 4, {"image_column": "scan"}, ValueError, "--image_column"),
+        ('{"file_name": "scans/9.png", "text": "1"}\n', {}, FileNotFoundError, "line 1 names .*9.png"),
+        ('{"file_name": "scans/0.png"\n', {}, ValueError, "line 1 is not JSON"),
+        ('{"text": "1"}\n', {}, ValueError, "line 1 has no 'file_name'"),
+        ("", {}, ValueError, "0 pages"),
+        ('{"file_name": "scans/0.png", "text": "1"}\n', {}, ValueError, "at least 2"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_with_the_reason(folder, metadata, options, error, message):
+    """Each of these was a KeyError, an empty loader, or a crash in the middle of training."""
+    (folder / "metadata.jsonl").write_text(metadata)
+    with pytest.raises(error, match=message):
+        load(folder, **options)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    """`datasets` would look for a data set of that name on the Hub."""
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["", "  ", None, 7])
+def test_a_page_without_text_is_refused_with_its_number(folder, text):
+    """A blank text teaches the model to say nothing; a number crashes the tokenizer."""
+    rows = [{"image": str(folder / "scans" / "0.png"), "text": text}]
+    own = pages.OwnPages(datasets.Dataset.from_list(rows), image_column="image", text_column="text")
+    with pytest.raises(ValueError, match="Page 0 has the text"):
+        own[0]
+
+
+def test_own_pages_encoder_and_language_model_train_and_frozen_groups_stay(finished, folder, tmp_path):
+    """Starting from new weights instead of the checkpoints, or training what was to be frozen, goes unnoticed."""
+    language_model = tmp_path / "language_model"
+    tokenizer = finetune.byte_tokenizer()
+    finetune.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>").save_pretrained(
+        language_model
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(language_model)
+    shutil.copytree(finished / "encoder", tmp_path / "start")
+    options = ["--data", str(folder), "--encoder", str(tmp_path / "start"), "--language_model", str(language_model)]
+    options += ["--freeze", "sam", "clip.embeddings", "--page_size", "192", "--no_compare_frozen"]
+    process = finetune_in_a_process(tmp_path / "output", *options)
+    assert process.returncode == 0, process.stderr
+    start = AutoModel.from_pretrained(tmp_path / "start").state_dict()
+    end = AutoModel.from_pretrained(tmp_path / "output" / "encoder").state_dict()
+    changed = {key for key in start if not torch.equal(start[key], end[key])}
+    assert changed == {key for key in start if key.startswith("vision_model.transformer.")}
+    assert "character accuracy" in (tmp_path / "output" / "report.md").read_text()
+
+
+# Scores
+
+
+def test_scores_count_what_they_say():
+    """A score that is right for perfect readings only, as most wrong ones are."""
+    read, written = ["12\n3", "45", "6789"], ["12\n4", "55", "678"]
+    assert report.character_accuracy(read, written) == 6 / 8
+    assert report.page_accuracy(read, written) == 0
+    assert report.character_error_rate(read, written) == 3 / 9
+    assert [report.edit_distance(*pair) for pair in (("", "ab"), ("kitten", "sitting"), ("ab", "ba"))] == [2, 3, 2]
+
+
+def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path):
+    """A report cut off by a full disk must not take the place of a whole one."""
+    path = tmp_path / "report.md"
+    report.write_text(path, "old")
+
+    def fail_halfway() -> None:
+        with report.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"):
+        fail_halfway()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
