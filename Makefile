@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 .PHONY: help finetune test lint format bench clean
 
 help:
-	@echo "make finetune   teach a small encoder inside LLaVA to read handwriting: outputs/finetune"
+	@echo "make finetune   teach a small encoder inside LLaVA to read handwriting: outputs/finetune;"
+	@echo "                interrupted and started again, it goes on where it was"
 	@echo "make test       run the tests"
 	@echo "make lint       check format and style"
 	@echo "make format     mend format and style"
@@ -16,7 +17,7 @@ help:
 	@echo "make clean      remove .venv and what was built"
 
 finetune: $(VENV)/.train
-	$(BIN)/python examples/finetune.py $(ARGS)
+	$(BIN)/python examples/finetune.py --resume_from_checkpoint true $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)

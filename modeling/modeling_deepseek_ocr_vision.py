@@ -140,6 +140,7 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
         output_hidden_states: bool | int | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        use_cache: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple:
         """Encode a batch of pages.
 
@@ -151,6 +152,8 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
             output_attentions: Whether to return the CLIP stage's attention weights. That stage attends the `"eager"`
                 way then, whatever its `attn_implementation`.
             return_dict: Whether to return an output object or a tuple.
+            use_cache: Without effect, there is nothing to cache. `Trainer` sets it in a composite's config, and LLaVA
+                hands it on to its tower.
 
         Returns:
             `last_hidden_state` [B, N, config.hidden_size], row-major over the grid; `pooler_output`

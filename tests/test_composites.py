@@ -43,6 +43,16 @@ def test_the_loss_reaches_every_weight_of_the_tower(feature_mode):
     assert without == []
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_composite_may_hand_on_what_trainer_puts_in_its_config(use_cache):
+    """Pins `Trainer`, which sets `use_cache` in the config; LLaVA passes it to the tower at the first step."""
+    model = tiny_llava()
+    model.config.use_cache = use_cache
+    batch = inputs()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert model.model.vision_tower.sam_model.pos_embed.grad.any()
+
+
 def test_a_frozen_tower_trains_the_projector_in_front_of_the_language_model():
     """Pins the first stage of LLaVA's own recipe."""
     model = tiny_llava()
