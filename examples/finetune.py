@@ -597,7 +597,10 @@ def refuse_other_arguments(asked: dict, before: dict) -> None:
         if asked.get(name) != before.get(name)
     ]
     if differing:
-        raise ValueError(f"A run is resumed with the arguments it was started with: {'; '.join(differing)}.")
+        raise ValueError(
+            f"A run is resumed with the arguments it was started with: {'; '.join(differing)}. For another run choose "
+            "another --output_dir."
+        )
 
 
 def what_decides_losses(arguments: FinetuneArguments, *others) -> dict:
@@ -694,8 +697,9 @@ def main(argv: list[str] | None = None) -> None:
     page_size = processor.image_processor.size["height"]
     pages = load_pages(page_arguments, page_size=page_size, seed=arguments.seed)
     asked = what_decides_losses(arguments, page_arguments, model_arguments)
-    is_resumed = arguments.resume_from_checkpoint is not None
-    claim_output_folder(output, asked, resume=is_resumed, overwrite=arguments.overwrite)
+    may_resume = arguments.resume_from_checkpoint is not None
+    is_resumed = may_resume and (output / ARGUMENTS_FILE).is_file()
+    claim_output_folder(output, asked, resume=may_resume, overwrite=arguments.overwrite)
 
     names = [TRAINED, FROZEN] if model_arguments.compare_frozen else [TRAINED]
     results = [
