@@ -158,7 +158,7 @@ class FinetuneArguments(TrainingArguments):
         },
     )
     max_steps: int = field(
-        default=1200, metadata={"help": "Optimizer steps of each run; with -1, --num_train_epochs counts."}
+        default=1100, metadata={"help": "Optimizer steps of each run; with -1, --num_train_epochs counts."}
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Pages a step and device."})
     per_device_eval_batch_size: int = field(default=100, metadata={"help": "Pages read at once."})
@@ -169,8 +169,8 @@ class FinetuneArguments(TrainingArguments):
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second beta."})
     logging_steps: float = field(default=20, metadata={"help": "Log the loss, a mean over as many steps."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to compute the loss on held-out pages."})
-    eval_steps: float | None = field(default=200, metadata={"help": "Compute that loss every so many steps."})
-    save_steps: float = field(default=200, metadata={"help": "Write a checkpoint every so many steps."})
+    eval_steps: float | None = field(default=220, metadata={"help": "Compute that loss every so many steps."})
+    save_steps: float = field(default=220, metadata={"help": "Write a checkpoint every so many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep of each run."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin memory, for GPUs."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it: the collator needs the pictures."})
