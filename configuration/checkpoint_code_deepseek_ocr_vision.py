@@ -2,8 +2,8 @@
 
 Code on the Hub is a flat folder of files, named by `auto_map` in the JSON files beside them. The package keeps the
 same files in folders, so staging copies them into one folder and rewrites `from ..folder.module import` to
-`from .module import`; nothing else differs. In the staged copy itself there is nothing left to do: transformers copies
-the code of classes that it loaded with `trust_remote_code` by itself.
+`from .module import`; nothing else differs. Saved again from a staged copy, only the names in `auto_map` are ours to
+write: transformers itself copies the code of classes that it loaded with `trust_remote_code`.
 """
 
 import os

@@ -281,12 +281,17 @@ class DeepSeekOCRVisionConfig(_ValidatedConfig):
             _require(False, "hidden_size", stated_hidden_size, allowed)
 
     @property
+    def concat_size(self) -> int:
+        """Width of both stages' tokens side by side, which the projector reads."""
+        return self.clip_config.hidden_size + self.sam_config.downsample_channels[-1]
+
+    @property
     def hidden_size(self) -> int:
         """Width of the tokens that come out; composites size their projector by it."""
-        self._require_field("feature_mode", self.feature_mode in FEATURE_MODES, f"one of {FEATURE_MODES}")
+        self._require_feature_mode()
         widths = {
             "residual": self.clip_config.hidden_size,
-            "concat": self.clip_config.hidden_size + self.sam_config.downsample_channels[-1],
+            "concat": self.concat_size,
             "projected": self.projection_dim,
         }
         return widths[self.feature_mode]
@@ -296,12 +301,15 @@ class DeepSeekOCRVisionConfig(_ValidatedConfig):
         # NotImplementedError is what transformers' own configs raise for a common property that has no setter.
         raise NotImplementedError("`hidden_size` follows from `feature_mode` and the two stages; set those instead.")
 
+    def _require_feature_mode(self) -> None:
+        self._require_field("feature_mode", self.feature_mode in FEATURE_MODES, f"one of {FEATURE_MODES}")
+
     def validate(self) -> None:
         """Raise a `ValueError` that names the first field whose value is not allowed, nested ones included."""
         self.sam_config.validate()
         self.clip_config.validate()
         self._require_integers("image_size", "patch_size", "num_channels", "projection_dim")
-        self._require_field("feature_mode", self.feature_mode in FEATURE_MODES, f"one of {FEATURE_MODES}")
+        self._require_feature_mode()
         token_size = self.sam_config.token_size
         allowed = f"{token_size}, the pixels a token (sam_config.patch_size x the compressor's 4)"
         self._require_field("patch_size", self.patch_size == token_size, allowed)

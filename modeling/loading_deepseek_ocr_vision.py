@@ -1,18 +1,17 @@
 """What is said of a checkpoint that does not hold the model's weights, where transformers would go on regardless."""
 
-from collections.abc import Iterable
 from typing import Any
 
 
 SHOWN_KEYS = 10
 
-# How the keys of checkpoints that people mistake for this encoder's begin.
+# How the keys of checkpoints that people mistake for this encoder's begin; the first that fits counts.
 _LOOKALIKES = {
+    "transformers' Unlimited-OCR": ("sam_encoder.", "vision_encoder.encoder.", "model.vision_tower.sam_encoder."),
     "a whole composite around this encoder": ("model.vision_tower.", "vision_tower."),
-    "transformers' Unlimited-OCR": ("sam_encoder.", "vision_encoder.", "model.vision_tower.sam_encoder."),
     "a CLIP model": ("vision_model.encoder.", "text_model.", "visual."),
     "a segment-anything model": ("image_encoder.", "vision_encoder.layers.", "mask_decoder.", "prompt_encoder."),
-    "a language model": ("model.layers.", "layers.", "lm_head.", "transformer.h.", "model.embed_tokens."),
+    "a language model": ("transformer.h.",),
 }
 
 
@@ -52,8 +51,7 @@ def _shown(items: list[str]) -> str:
     return ", ".join(items[:SHOWN_KEYS]) + more
 
 
-def _lookalike(unexpected: Iterable[str]) -> str:
-    unexpected = list(unexpected)
+def _lookalike(unexpected: list[str]) -> str:
     if not unexpected:
         return "it holds none of the model's tensors; its keys, if it has any, are those of a language model"
     for name, prefixes in _LOOKALIKES.items():

@@ -68,9 +68,8 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
         self.sam_model = SamEncoder(config.sam_config, num_channels=config.num_channels)
         self.vision_model = ClipEncoder(config.clip_config, class_token=with_class_token)
         if config.feature_mode == "projected":
-            concat_size = config.clip_config.hidden_size + config.sam_config.downsample_channels[-1]
             with without_drawing():
-                self.projector = Projector(concat_size, config.projection_dim)
+                self.projector = Projector(config.concat_size, config.projection_dim)
         self.post_init()
 
     @classmethod

@@ -351,9 +351,10 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
             pixels = torch.empty(len(pages), *shapes[0], device=device)
         else:
             pixels = [torch.empty(shape, device=device) for shape in shapes]
+        steps = {unit: [part.to(device) for part in self._scale_and_shift(unit)] for unit in set(units)}
         for target, page, unit in zip(pixels, pages, units, strict=True):
-            scale, shift = self._scale_and_shift(unit)
-            target.copy_(page.to(device)).mul_(scale.to(device)).add_(shift.to(device))
+            scale, shift = steps[unit]
+            target.copy_(page.to(device)).mul_(scale).add_(shift)
         return pixels
 
     def _scale_and_shift(self, unit: float) -> tuple[torch.Tensor, torch.Tensor]:
