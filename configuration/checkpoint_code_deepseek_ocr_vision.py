@@ -11,14 +11,17 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
 PACKAGE = "deepseek_ocr_vision"
+CHECKSUMS = "SHA256SUMS"
 IN_PACKAGE = __name__.startswith(f"{PACKAGE}.")
 FLAT_CODE = {
-    "configuration": ("configuration", "checkpoint_code", "presets"),
+    "configuration": ("configuration", "checkpoint_code", "checksums", "presets"),
     "modeling": ("modeling", "loading", "sam", "clip", "base", "attention"),
     "processing": ("processing", "image_processing", "pictures"),
 }
@@ -30,6 +33,22 @@ AUTO_MAP = {
 }
 
 _CROSS_FOLDER_IMPORT = re.compile(r"^(\s*from )\.\.\w+(\.\w+ import )", flags=re.MULTILINE)
+
+
+def package_module(name: str) -> ModuleType:
+    """A module of the package that no checkpoint carries: its code serves the making of checkpoints, not their use.
+
+    By its name, since transformers would take an import for one that every user of a checkpoint needs.
+
+    Raises:
+        ImportError: This is a checkpoint's code, and the package is not installed.
+    """
+    try:
+        return import_module(f"{PACKAGE}.{name}")
+    except ImportError as error:
+        raise ImportError(
+            "This needs the package deepseek-ocr-vision; what a checkpoint carries of it only loads, runs and trains."
+        ) from error
 
 
 def flatten(source: str) -> str:
@@ -88,6 +107,8 @@ def checkpoint_code(save_directory: str | os.PathLike, *parts: Any) -> Iterator[
     # Before anything is saved: with `push_to_hub=True` transformers uploads whatever it finds when it is done.
     if IN_PACKAGE:
         stage_code(save_directory)
+    # They are those of the files that are about to be replaced.
+    Path(save_directory, CHECKSUMS).unlink(missing_ok=True)
     with ExitStack() as stack:
         for part in parts:
             stack.enter_context(_with_auto_map(part))
@@ -107,4 +128,4 @@ def _with_auto_map(part: Any) -> Iterator[None]:
             part.auto_map = before
 
 
-__all__ = ["AUTO_MAP", "IN_PACKAGE", "checkpoint_code", "flatten", "stage_code"]
+__all__ = ["AUTO_MAP", "CHECKSUMS", "IN_PACKAGE", "checkpoint_code", "flatten", "package_module", "stage_code"]

@@ -53,4 +53,15 @@ def preset_of(feature_mode: FeatureMode) -> str:
     return "deepseek-ocr-encoder" if feature_mode == "residual" else "deepseek-ocr"
 
 
-__all__ = ["PRESETS", "Preset", "preset_of"]
+def require_preset(preset: str) -> Preset:
+    """The preset of a name.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ValueError(f"`preset` is {preset!r}; it has to be one of {list(PRESETS)}.")
+    return PRESETS[preset]
+
+
+__all__ = ["PRESETS", "Preset", "preset_of", "require_preset"]

@@ -1,6 +1,7 @@
 """What is said of a checkpoint that does not hold the model's weights, where transformers would go on regardless."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 
 SHOWN_KEYS = 10
@@ -9,9 +10,10 @@ SHOWN_KEYS = 10
 _LOOKALIKES = {
     "transformers' Unlimited-OCR": ("sam_encoder.", "vision_encoder.encoder.", "model.vision_tower.sam_encoder."),
     "a whole composite around this encoder": ("model.vision_tower.", "vision_tower."),
-    "a CLIP model": ("vision_model.encoder.", "text_model.", "visual."),
+    "a CLIP model": ("vision_model.encoder.", "text_model.", "visual.", "embeddings.class_embedding"),
     "a segment-anything model": ("image_encoder.", "vision_encoder.layers.", "mask_decoder.", "prompt_encoder."),
-    "a language model": ("transformer.h.",),
+    "DeepSeek-OCR-2": ("model.qwen2_model.", "model.vision_tower.vision_encoder.layers."),
+    "a language model": ("transformer.h.", "model.layers.", "lm_head."),
 }
 
 
@@ -26,24 +28,42 @@ def check_loading_info(loading_info: dict[str, Any], *, num_expected: int, allow
     Raises:
         ValueError: It names the keys, ten of a kind at the most, and shapes as found and as expected.
     """
-    missing = sorted(loading_info["missing_keys"])
-    unexpected = sorted(loading_info["unexpected_keys"])
-    mismatched = sorted(loading_info["mismatched_keys"])
+    missing, unexpected, mismatched = (
+        loading_info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")
+    )
     if len(missing) + len(mismatched) == num_expected:
-        raise ValueError(f"This is not a DeepSeek-OCR vision checkpoint: {_lookalike(unexpected)}.")
+        raise_foreign(unexpected)
+    problems = problems_with(missing=missing, unexpected=unexpected, mismatched=[] if allow_mismatched else mismatched)
+    if problems:
+        raise ValueError(
+            f"The checkpoint does not fit the model. {problems}. Pass `strict=False` to load what fits and draw the "
+            "rest anew."
+        )
+
+
+def problems_with(
+    *, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Iterable, Iterable]]
+) -> str:
+    """What is wrong with a checkpoint's tensors, in words, ten keys of a kind at the most; nothing if nothing is."""
+    missing, unexpected, mismatched = sorted(missing), sorted(unexpected), sorted(mismatched)
     problems = []
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {_shown(missing)}")
     if unexpected:
         problems.append(f"{len(unexpected)} tensors are not of this model: {_shown(unexpected)}")
-    if mismatched and not allow_mismatched:
+    if mismatched:
         shapes = [f"{key} (found {list(found)}, expected {list(expected)})" for key, found, expected in mismatched]
         problems.append(f"{len(mismatched)} tensors have another shape: {_shown(shapes)}")
-    if problems:
-        raise ValueError(
-            f"The checkpoint does not fit the model. {'; '.join(problems)}. Pass `strict=False` to load what fits and "
-            "draw the rest anew."
-        )
+    return "; ".join(problems)
+
+
+def raise_foreign(keys: Iterable[str]) -> NoReturn:
+    """Refuse a checkpoint of something else.
+
+    Raises:
+        ValueError: It says what the keys look like.
+    """
+    raise ValueError(f"This is not a DeepSeek-OCR vision checkpoint: {_lookalike(sorted(keys))}.")
 
 
 def _shown(items: list[str]) -> str:

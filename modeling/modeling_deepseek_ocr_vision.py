@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from transformers import IMAGE_PROCESSOR_MAPPING, AutoImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import cached_file
 
-from ..configuration.checkpoint_code_deepseek_ocr_vision import checkpoint_code
-from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
-from ..configuration.presets_deepseek_ocr_vision import preset_of
+from ..configuration.checkpoint_code_deepseek_ocr_vision import CHECKSUMS, checkpoint_code, package_module
+from ..configuration.checksums_deepseek_ocr_vision import verify_checksums as verify_folder
+from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
+from ..configuration.presets_deepseek_ocr_vision import preset_of, require_preset
 from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel, without_drawing
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import check_loading_info
@@ -80,6 +82,7 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
         strict: bool | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
+        verify_checksums: bool = False,
         **kwargs,
     ):
         """Load a checkpoint as transformers does, but never go on with random weights under a mere warning.
@@ -90,11 +93,15 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
                 save for `None`, and save for a caller who takes the account of them by `output_loading_info`.
             ignore_mismatched_sizes: Whether weights of another shape are drawn anew even so.
             output_loading_info: Whether to return transformers' dictionary of missing and other keys as well.
+            verify_checksums: Whether to compare the files with the SHA-256 sums that a converted or published
+                checkpoint holds, which takes some seconds a gigabyte.
             model_args: As in transformers.
             kwargs: As in transformers.
 
         Raises:
-            ValueError: The checkpoint does not fit; the message names keys and shapes.
+            ValueError: The checkpoint does not fit, or is not what its checksums say; the message names keys and
+                shapes, or files.
+            OSError: The checkpoint cannot be read, or has no checksums though they were to be compared.
         """
         if strict is None:
             strict = pretrained_model_name_or_path is not None and not output_loading_info
@@ -109,7 +116,115 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
         if strict:
             num_expected = len(model.state_dict())
             check_loading_info(loading_info, num_expected=num_expected, allow_mismatched=ignore_mismatched_sizes)
+        if pretrained_model_name_or_path is None:
+            # transformers writes the text "None", which would be taken for the name of a repository.
+            model.config.name_or_path = model.name_or_path = ""
+        if verify_checksums:
+            _verify_files(pretrained_model_name_or_path, kwargs)
         return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def from_deepseek_ocr(
+        cls,
+        source: str | os.PathLike,
+        *,
+        preset: str = "deepseek-ocr-encoder",
+        feature_mode: FeatureMode | None = None,
+        config: DeepSeekOCRVisionConfig | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **kwargs,
+    ) -> "DeepSeekOCRVisionModel":
+        """Load the encoder out of a whole DeepSeek-OCR, Unlimited-OCR or LLaVA checkpoint, and nothing else of it.
+
+        Of a repository on the Hub only the vision tensors are fetched, 0.8 of 6.7 GB, and kept in the Hub's cache.
+        What was interrupted goes on where it was. Every tensor has to be there, of the right shape and finite.
+
+        Args:
+            source: A Hub id such as `"deepseek-ai/DeepSeek-OCR"` or `"baidu/Unlimited-OCR"`, a folder with one or many
+                safetensors files, or one such file; in the released layout or that of transformers' Unlimited-OCR.
+            preset: Which preprocessing the model will be used with; it decides the feature mode.
+            feature_mode: Another mode than the preset's.
+            config: The encoder, where the checkpoint is of another size than the released ones and does not say so.
+            dtype: What to convert the weights to. By default they stay as they are stored, bfloat16 if released.
+            revision: Branch, tag or commit on the Hub.
+            token: The Hub's token; by default the one that is logged in.
+            cache_dir: The Hub's cache; by default huggingface_hub's own.
+            force_download: Whether to fetch again what is in the cache.
+            local_files_only: Whether to do without the Hub.
+            kwargs: As `from_pretrained` takes them, such as `attn_implementation` or `device_map`.
+
+        Raises:
+            TypeError: `source` is no path and no Hub id.
+            ValueError: The checkpoint does not fit, is corrupt or holds no safetensors; the message names the keys, or
+                the file with the sizes expected and found.
+            OSError: It is not there or cannot be fetched; the message names the file, or status and repository.
+        """
+        mode = require_preset(preset).feature_mode if feature_mode is None else feature_mode
+        hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        hub_options |= {"force_download": force_download, "local_files_only": local_files_only}
+        load = package_module("modeling.weights").load_deepseek_ocr
+        return load(cls, source, feature_mode=mode, config=config, dtype=dtype, hub_options=hub_options, **kwargs)
+
+    @classmethod
+    def from_encoder(cls, encoder: Any, *, copy: bool = False) -> "DeepSeekOCRVisionModel":
+        """Make a trainable model of a live `deepseek_ocr_encoder.DeepSeekOCREncoder`: the same tokens, and gradients.
+
+        Args:
+            encoder: The encoder, of any version of that package; it is recognised by what it carries.
+            copy: Whether the model gets weights of its own. By default it shares the encoder's, so that training it
+                trains both; all of them require a gradient then. What the encoder has computed of its position table
+                in advance does not follow.
+
+        Returns:
+            The model in `"residual"` mode, the one whose weights the encoder carries, on its device and in its dtype.
+
+        Raises:
+            TypeError: `encoder` is something else.
+            ValueError: Its tensors do not fit, are not finite, or were made under `torch.inference_mode()`, which only
+                a copy can be trained of.
+        """
+        return package_module("modeling.weights").load_encoder(cls, encoder, copy=copy)
+
+    def write_deepseek_ocr(
+        self,
+        base: str | os.PathLike,
+        target: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> Any:
+        """Write a full checkpoint in the layout of another one, with this model's weights in place of its encoder's.
+
+        Everything else stays byte for byte: the language model, the header of every file, index, configuration,
+        tokenizer. Each weight is written in the base's dtype. The target appears in one step, at the end. Memory stays
+        below that of the model plus its largest tensor.
+
+        Args:
+            base: A DeepSeek-OCR or Unlimited-OCR checkpoint: a folder, a safetensors file or a Hub id, which is
+                fetched whole; in the released layout or that of transformers' Unlimited-OCR.
+            target: The new folder, or file if the base is one; it must not exist yet, or be an empty folder.
+            revision: Branch, tag or commit of a base on the Hub.
+            token: The Hub's token; by default the one that is logged in.
+            cache_dir: The Hub's cache; by default huggingface_hub's own.
+
+        Returns:
+            A report: which tensors were replaced, which of them rounded, which kept the base's values as this feature
+            mode does not have them, and which files were not copied. As text it is a short summary.
+
+        Raises:
+            ValueError: The base's encoder is not of this model's size, a weight is not finite or does not fit into the
+                base's dtype, or adapters are not merged.
+            FileExistsError: There is something at `target`.
+            OSError: The base cannot be read, the target not be written, or the disk is too small.
+        """
+        write = package_module("modeling.weights").write_deepseek_ocr
+        return write(self, base, target, revision=revision, token=token, cache_dir=cache_dir)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """Save as transformers does, with the code that loads the folder where this package is not installed.
@@ -305,6 +420,15 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
             for parameter in groups[group]:
                 parameter.requires_grad_(requires_grad)
         return self
+
+
+def _verify_files(source: str | os.PathLike, options: dict[str, Any]) -> None:
+    """Compare a checkpoint's files, in its folder or in the Hub's cache, with its checksums."""
+    if source is None:
+        raise ValueError("`verify_checksums` is true, but without a checkpoint there are no files to compare.")
+    names = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
+    checksums = cached_file(source, CHECKSUMS, **{name: options[name] for name in names if name in options})
+    verify_folder(os.path.dirname(checksums), allow_missing=not os.path.isdir(source))
 
 
 def _chosen(value: Any, *, default: Any) -> bool:

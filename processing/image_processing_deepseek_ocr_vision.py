@@ -17,8 +17,8 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from ..configuration.checkpoint_code_deepseek_ocr_vision import checkpoint_code
-from ..configuration.presets_deepseek_ocr_vision import PRESETS
+from ..configuration.checkpoint_code_deepseek_ocr_vision import checkpoint_code, package_module
+from ..configuration.presets_deepseek_ocr_vision import PRESETS, require_preset
 from .pictures_deepseek_ocr_vision import fetch_pictures, named_pictures, read_picture
 
 
@@ -155,7 +155,7 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
     ):
         _refuse_unknown(kwargs.keys() - set(FILE_FIELDS), known=FIELDS)
         super().__init__()
-        defaults = PRESETS[_choice("preset", preset, tuple(PRESETS))]
+        defaults = require_preset(preset)
         self.preset = preset
         self.do_resize = _flag("do_resize", do_resize)
         self.size = _page_size(PAGE_SIZE if size is None else size)
@@ -170,6 +170,42 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         self.resize_backend = _choice("resize_backend", resize_backend, BACKENDS)
         if 0 in self.image_std:
             raise ValueError(f"`image_std` is {image_std!r}; it divides, so it cannot be 0.")
+
+    @classmethod
+    def from_deepseek_ocr(
+        cls,
+        source: str | os.PathLike,
+        *,
+        preset: str = "deepseek-ocr-encoder",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        **fields,
+    ) -> "DeepSeekOCRVisionImageProcessor":
+        """Make the image processor that goes with `DeepSeekOCRVisionModel.from_deepseek_ocr` of the same arguments.
+
+        Of the checkpoint only its configuration is read, for the size of a page; what is done with it says the preset.
+
+        Args:
+            source: A Hub id, a folder or a safetensors file.
+            preset: Which model's preprocessing.
+            revision: Branch, tag or commit on the Hub.
+            token: The Hub's token; by default the one that is logged in.
+            cache_dir: The Hub's cache; by default huggingface_hub's own.
+            local_files_only: Whether to do without the Hub.
+            fields: Further arguments of the image processor, such as `size`.
+
+        Raises:
+            OSError: There is no such checkpoint, or its configuration cannot be fetched.
+            TypeError: A field is not known.
+            ValueError: The configuration is corrupt, or a field has a value that is not allowed.
+        """
+        require_preset(preset)
+        hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        image_size_of = package_module("configuration.architecture").image_size_of
+        size = image_size_of(source, local_files_only=local_files_only, **hub_options)
+        return cls(preset, **({"size": size} | fields))
 
     @property
     def crop_size(self) -> dict[str, int]:

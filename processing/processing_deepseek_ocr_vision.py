@@ -37,6 +37,22 @@ class DeepSeekOCRVisionProcessor(ProcessorMixin):
     def __init__(self, image_processor: Any = None, **kwargs):
         super().__init__(DeepSeekOCRVisionImageProcessor() if image_processor is None else image_processor, **kwargs)
 
+    @classmethod
+    def from_deepseek_ocr(cls, source: str | os.PathLike, **kwargs) -> "DeepSeekOCRVisionProcessor":
+        """Make the processor that goes with `DeepSeekOCRVisionModel.from_deepseek_ocr` of the same arguments.
+
+        Args:
+            source: A Hub id, a folder or a safetensors file.
+            kwargs: As `DeepSeekOCRVisionImageProcessor.from_deepseek_ocr` takes them: `preset`, the Hub's `revision`,
+                `token`, `cache_dir` and `local_files_only`, and fields of the image processor.
+
+        Raises:
+            OSError: There is no such checkpoint, or its configuration cannot be fetched.
+            TypeError: A field is not known.
+            ValueError: The configuration is corrupt, or a field has a value that is not allowed.
+        """
+        return cls(DeepSeekOCRVisionImageProcessor.from_deepseek_ocr(source, **kwargs))
+
     def __call__(self, images: Any = None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
         """Prepare pictures.
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from deepseek_ocr_vision import DeepSeekOCRVisionConfig
+from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,3 +112,56 @@ def run_python(code: str, *, package_installed: bool = True, **environment: str)
     result = subprocess.run(command, capture_output=True, text=True, env=variables, cwd="/", check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def released_tensors(model: DeepSeekOCRVisionModel, *, language_width: int = 48) -> dict[str, torch.Tensor]:
+    """A checkpoint in the released layout around the weights of a model in `projected` mode: what the encoder does not
+    compute with, and a little of a language model.
+    """
+    tensors = {f"model.{key}": tensor.detach() for key, tensor in model.state_dict().items()}
+    width = model.config.clip_config.hidden_size
+    draw = torch.Generator().manual_seed(0)
+    others = {
+        "lm_head.weight": (20, language_width),
+        "model.embed_tokens.weight": (20, language_width),
+        "model.image_newline": (language_width,),
+        "model.layers.0.mlp.experts.3.up_proj.weight": (30, language_width),
+        "model.norm.weight": (language_width,),
+        "model.view_seperator": (language_width,),
+        "model.vision_model.embeddings.patch_embedding.weight": (width, 3, 14, 14),
+    }
+    tensors |= {name: torch.randn(shape, generator=draw).to(model.dtype) for name, shape in others.items()}
+    num_positions = model.config.clip_config.grid_size**2 + 1
+    return tensors | {"model.vision_model.embeddings.position_ids": torch.arange(num_positions)[None]}
+
+
+def write_checkpoint(
+    folder: Path, tensors: dict[str, torch.Tensor], config: DeepSeekOCRVisionConfig, *, num_shards: int = 1
+) -> Path:
+    """Write tensors as a checkpoint of one or several files, whose configuration states the encoder's sizes as
+    transformers' Unlimited-OCR does, with a tokenizer beside it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    clip = config.clip_config.to_dict()
+    sizes = {"sam_config": config.sam_config.to_dict()}
+    sizes["encoder_config"] = clip | {"image_size": clip["grid_size"] * 14, "patch_size": 14}
+    contents = {"model_type": "deepseek_vl_v2", "architectures": ["DeepseekOCRForCausalLM"], "vision_config": sizes}
+    contents["language_config"] = {"hidden_size": config.projection_dim}
+    (folder / "config.json").write_text(json.dumps(contents))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    names = sorted(tensors)
+    files = [f"model-{index + 1:05}-of-{num_shards:05}.safetensors" for index in range(num_shards)]
+    weight_map = {name: files[index * num_shards // len(names)] for index, name in enumerate(names)}
+    for file in files:
+        shard = {name: tensors[name].contiguous() for name in names if weight_map[name] == file}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def assert_same_weights(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Both have the same tensors, bit for bit."""
+    actual, expected = actual.state_dict(), expected.state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)

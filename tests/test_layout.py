@@ -25,13 +25,13 @@ def imported_folders(path: Path) -> set[str]:
             match = re.match(rf"{re.escape(prefix)}(\w+)", node.module or "")
             if match and match[1] in FOLDERS:
                 found.add(match[1])
-    return found - {path.parent.name}
+    return found - {path.relative_to(ROOT).parts[0]}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_folders_import_one_way(folder):
     """Pins the house: configuration stands alone, modeling and processing stand on it and not on each other."""
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
         assert imported_folders(path) <= MAY_IMPORT[folder], path
 
 
@@ -59,5 +59,6 @@ def test_the_wheel_holds_the_package_and_no_tests(tmp_path):
     subprocess.run(command, cwd=copy, capture_output=True, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {f"{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
-    assert names == {f"deepseek_ocr_vision/{name}" for name in expected | {"__init__.py", "hub_upload.py"}}
+    expected = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    expected |= {"__init__.py", "hub_upload.py"}
+    assert names == {f"deepseek_ocr_vision/{name}" for name in expected}

@@ -4,17 +4,11 @@ import json
 
 import pytest
 import torch
-from helpers import FEATURE_MODES, pixels, tiny_config
+from helpers import FEATURE_MODES, assert_same_weights, pixels, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, CLIPVisionConfig, CLIPVisionModel
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
-
-
-def assert_same_weights(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
-    actual, expected = actual.state_dict(), expected.state_dict()
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def change_weights(folder, change) -> None:

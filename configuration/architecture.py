@@ -1,0 +1,152 @@
+"""How large the encoder in a checkpoint is: by its configuration, or by its tensors where nothing else tells.
+
+Not staged to the Hub: only what reads checkpoints of others needs it.
+"""
+
+import os
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from .configuration_deepseek_ocr_vision import (
+    DeepSeekOCRVisionClipConfig,
+    DeepSeekOCRVisionConfig,
+    DeepSeekOCRVisionSamConfig,
+    FeatureMode,
+)
+
+
+_OUR_FIELDS = ("sam_config", "clip_config", "projection_dim")
+_SAM_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "mlp_dim",
+    "patch_size",
+    "window_size",
+    "global_attn_indexes",
+    "output_channels",
+    "downsample_channels",
+    "image_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+_CLIP_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+)
+
+
+def config_of_checkpoint(checkpoint_config: dict[str, Any], feature_mode: FeatureMode) -> DeepSeekOCRVisionConfig:
+    """The encoder that a checkpoint's `config.json` describes.
+
+    DeepSeek's own configuration leaves the sizes to its code, which has them as constants: the defaults of ours.
+    transformers' Unlimited-OCR states them.
+
+    Raises:
+        ValueError: The sizes do not fit each other.
+    """
+    vision_config = _part(checkpoint_config, "vision_config")
+    for candidate in (checkpoint_config, vision_config):
+        if candidate.get("model_type") == DeepSeekOCRVisionConfig.model_type:
+            fields = {name: candidate[name] for name in _OUR_FIELDS if name in candidate}
+            return DeepSeekOCRVisionConfig(**fields, feature_mode=feature_mode)
+    fields = {}
+    sam, clip = _part(vision_config, "sam_config"), _part(vision_config, "encoder_config")
+    if sam and clip:
+        fields["sam_config"] = {name: sam[name] for name in _SAM_FIELDS if name in sam}
+        fields["clip_config"] = {name: clip[name] for name in _CLIP_FIELDS if name in clip}
+        if "image_size" in clip and "patch_size" in clip:
+            fields["clip_config"]["grid_size"] = clip["image_size"] // clip["patch_size"]
+    # The projector leads to the language model's width, which DeepSeek's configuration has under another name.
+    for language_config in (_part(checkpoint_config, "text_config"), _part(checkpoint_config, "language_config")):
+        if "hidden_size" in language_config:
+            fields["projection_dim"] = language_config["hidden_size"]
+    return DeepSeekOCRVisionConfig(**fields, feature_mode=feature_mode)
+
+
+def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A configuration inside another, empty if there is none."""
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def image_size_of(source: str | os.PathLike, **hub_options: Any) -> int:
+    """Side in pixels of the page that the encoder in a checkpoint is meant for.
+
+    Args:
+        source: A folder, a safetensors file or a Hub id.
+        hub_options: As transformers takes them: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        OSError: There is no such checkpoint, or its configuration cannot be fetched.
+        ValueError: Its configuration is corrupt.
+    """
+    folder = os.path.dirname(source) or "." if os.path.isfile(source) else source
+    if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "config.json")):
+        return DeepSeekOCRVisionConfig().image_size
+    checkpoint_config, _ = DeepSeekOCRVisionConfig.get_config_dict(folder, **hub_options)
+    return config_of_checkpoint(checkpoint_config, "residual").image_size
+
+
+def config_of_shapes(
+    shapes: Mapping[str, tuple[int, ...]], *, num_clip_heads: int | None = None
+) -> DeepSeekOCRVisionConfig:
+    """The encoder that tensors of these shapes, under our names, are the weights of, in `residual` mode.
+
+    Args:
+        shapes: Of both stages' tensors.
+        num_clip_heads: Heads of the CLIP stage, which no shape tells. By default one a 64 channels, as in CLIP-L.
+
+    Raises:
+        ValueError: A tensor that tells a size is missing, or the sizes do not fit each other.
+    """
+    try:
+        sam, clip = _sam_fields(shapes), _clip_fields(shapes)
+    except KeyError as error:
+        raise ValueError(f"There is no tensor {error}, which tells the size of the encoder.") from error
+    clip["num_attention_heads"] = num_clip_heads or max(1, clip["hidden_size"] // 64)
+    return DeepSeekOCRVisionConfig(
+        sam_config=DeepSeekOCRVisionSamConfig(**sam), clip_config=DeepSeekOCRVisionClipConfig(**clip)
+    )
+
+
+def _sam_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    _, rows, _, width = shapes["sam_model.pos_embed"]
+    patch_size = shapes["sam_model.patch_embed.proj.weight"][-1]
+    num_blocks = _count(shapes, "sam_model.blocks.")
+    tables = [shapes[f"sam_model.blocks.{index}.attn.rel_pos_h"] for index in range(num_blocks)]  # [2n - 1, D] each
+    sides = [(table[0] + 1) // 2 for table in tables]
+    fields = {
+        "hidden_size": width,
+        "num_hidden_layers": num_blocks,
+        "num_attention_heads": width // tables[0][1],
+        "mlp_dim": shapes["sam_model.blocks.0.mlp.lin1.weight"][0],
+        "patch_size": patch_size,
+        # A window as large as the page is no other thing than global attention.
+        "global_attn_indexes": [index for index, side in enumerate(sides) if side == rows],
+        "output_channels": shapes["sam_model.neck.0.weight"][0],
+        "downsample_channels": [shapes["sam_model.net_2.weight"][0], shapes["sam_model.net_3.weight"][0]],
+        "image_size": rows * patch_size,
+    }
+    windows = {side for side in sides if side != rows}
+    return fields | ({"window_size": windows.pop()} if windows else {})
+
+
+def _clip_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    num_positions, width = shapes["vision_model.embeddings.position_embedding.weight"]
+    return {
+        "hidden_size": width,
+        "intermediate_size": shapes["vision_model.transformer.layers.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": _count(shapes, "vision_model.transformer.layers."),
+        "grid_size": isqrt(num_positions - 1),
+    }
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    """How many layers there are whose names begin so."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in shapes if key.startswith(prefix)})

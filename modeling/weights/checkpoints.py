@@ -1,0 +1,162 @@
+"""Checkpoints around the encoder: a folder of safetensors, one file, or a repository on the Hub.
+
+Each is opened by its headers and its configuration alone. A local checkpoint can then read tensors, one at a time; one
+on the Hub has to be fetched first, which `hub` does, for the encoder's part of it.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .files import DTYPES, TensorEntry, read_local_header, read_tensor
+
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class LocalCheckpoint:
+    """A checkpoint on this machine.
+
+    Attributes:
+        folder: Where its files are.
+        files: Names of its safetensors files.
+        tensors: Name to place of every tensor in them.
+        config: What its `config.json` says, empty if there is none.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    tensors: dict[str, TensorEntry]
+    config: dict[str, Any]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every tensor."""
+        return {name: entry.shape for name, entry in self.tensors.items()}
+
+    def local(self) -> "LocalCheckpoint":
+        """The checkpoint itself: it is here already."""
+        return self
+
+    def read(self, sources: Mapping[str, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read tensors in the order of their bytes, each checked to be finite.
+
+        Args:
+            sources: Key to the names of the tensors it is made of: one, or several that are put together by rows.
+
+        Yields:
+            Key and tensor, in the checkpoint's dtype.
+
+        Raises:
+            ValueError: A tensor has a dtype that weights do not have, or is not finite.
+        """
+        places = {key: self.tensors[names[0]] for key, names in sources.items()}
+        for file in self.files:
+            keys = sorted((key for key in places if places[key].file == file), key=lambda key: places[key].start)
+            for key in keys:
+                yield key, torch.cat(parts) if len(parts := [*map(self._read, sources[key])]) > 1 else parts[0]
+
+    def _read(self, name: str) -> torch.Tensor:
+        entry = self.tensors[name]
+        if entry.dtype not in DTYPES:
+            allowed = ", ".join(DTYPES)
+            raise ValueError(f"{self.folder / entry.file}: {name} has dtype {entry.dtype}; weights have {allowed}.")
+        with open(self.folder / entry.file, "rb", buffering=0) as file:
+            tensor = read_tensor(file, entry)
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{self.folder / entry.file}: {name} holds NaN or infinity.")
+        return tensor
+
+
+def open_local(source: str | os.PathLike) -> LocalCheckpoint:
+    """Open a folder with one or many safetensors files, or one such file.
+
+    Raises:
+        OSError: There is nothing there, or a file that the index names is missing.
+        ValueError: A file, the index or the configuration is corrupt, or there are only pickles.
+    """
+    path = Path(source)
+    folder, index = (path, None) if path.is_dir() else (path.parent, None)
+    if not path.is_dir():
+        files = (path.name,)
+    elif (folder / SAFE_WEIGHTS_NAME).is_file():
+        files = (SAFE_WEIGHTS_NAME,)
+    elif (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        index = read_index(folder / SAFE_WEIGHTS_INDEX_NAME)
+        files = tuple(dict.fromkeys(index.values()))
+    else:
+        files = _files_without_index(folder)
+    return LocalCheckpoint(folder, files, _tensors(folder, files, index), read_config(folder / CONFIG))
+
+
+def _files_without_index(folder: Path) -> tuple[str, ...]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    files = tuple(name for name in names if name.endswith(".safetensors") and not name.startswith("."))
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if not files and pickles:
+        raise ValueError(
+            f"{folder} holds weights only as pickles ({', '.join(pickles)}), which can run code; refused."
+        )
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no safetensors file.")
+    return files
+
+
+def _tensors(folder: Path, files: tuple[str, ...], index: dict[str, str] | None) -> dict[str, TensorEntry]:
+    """All files' tensors, none twice, and where the index says they are."""
+    tensors: dict[str, TensorEntry] = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is missing, though {SAFE_WEIGHTS_INDEX_NAME} names it.")
+        for name, entry in read_local_header(folder / file).items():
+            if name in tensors:
+                raise ValueError(f"{folder}: {name} is in {tensors[name].file} and in {file}.")
+            tensors[name] = replace(entry, file=file)
+    for name, file in (index or {}).items():
+        if name not in tensors or tensors[name].file != file:
+            raise ValueError(f"{folder / SAFE_WEIGHTS_INDEX_NAME} is corrupt: it looks for {name} in {file}.")
+    return tensors
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Which tensor is in which file, by a checkpoint's index.
+
+    Raises:
+        ValueError: The file is corrupt, or names a file that is not a safetensors file beside it.
+    """
+    contents = _read_object(path)
+    weight_map = contents.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} is corrupt: it has no `weight_map`.")
+    for file in weight_map.values():
+        # Both kinds of slash: what is a name here may be a path elsewhere.
+        is_name = isinstance(file, str) and not set(file) & set("/\\\0:") and not file.startswith(".")
+        if not is_name or not file.endswith(".safetensors"):
+            raise ValueError(f"{path} names {file!r}, which is no safetensors file in the same folder; refused.")
+    return weight_map
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A checkpoint's configuration, empty if there is none.
+
+    Raises:
+        ValueError: The file is corrupt.
+    """
+    return _read_object(path) if path.is_file() else {}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON, or cut ({error}).") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} has to hold an object, but holds a {type(contents).__name__}.")
+    return contents

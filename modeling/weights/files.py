@@ -1,0 +1,195 @@
+"""safetensors files: headers read without trust, tensors read straight into their memory.
+
+The format (https://github.com/huggingface/safetensors, section "Format"): eight bytes with the length of a JSON
+header, little-endian; the header, which names each tensor's dtype, shape and place; the tensors' bytes without a gap.
+The library `safetensors` reads whole files on this machine. Here a header is read before the rest of the file is
+there, and a tensor into memory that is counted: pages of a memory map would come on top of the weights.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes that an encoder's weights may have; those of other tensors in its checkpoint are only skipped."""
+
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
+_BITS |= {"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
+
+_FETCH_AGAIN = "fetch it again"
+# How files begin that are found in a checkpoint's place.
+_LOOKALIKES = (
+    (b"version https://git-lfs", "a Git-LFS pointer, not the file it stands for; `git lfs pull` or the Hub fetch it"),
+    (b"<", "an HTML or XML page, such as an error page that was saved under the file's name"),
+    (b"PK\x03\x04", "a zip archive, as PyTorch's pickles are; only safetensors are read, pickles can run code"),
+    (b"\x80", "a pickle; only safetensors are read, pickles can run code"),
+    (b"GGUF", "a GGUF file; only safetensors are read"),
+    (b"{", "JSON text"),
+)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies.
+
+    Attributes:
+        file: Name of the file, for messages and to find it by.
+        dtype: Its dtype as the format names it.
+        shape: Its shape.
+        start: Position of its first byte in the file.
+        stop: Position after its last byte.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes it takes."""
+        return self.stop - self.start
+
+
+def read_header(file: str, file_size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorEntry]:
+    """Read and check the header of a safetensors file that is here or elsewhere.
+
+    Args:
+        file: Its name or path.
+        file_size: Its size in bytes.
+        read: Gives the bytes from a position to another.
+
+    Returns:
+        Name to entry of every tensor, in the order of their bytes.
+
+    Raises:
+        ValueError: The file is cut, no safetensors file, or its header contradicts itself or the file's size.
+    """
+    if file_size == 0:
+        raise ValueError(f"{file} is empty; {_FETCH_AGAIN}.")
+    beginning = read(0, min(file_size, 64))
+    header_size = int.from_bytes(beginning[:LENGTH_BYTES], "little")
+    if file_size < LENGTH_BYTES or header_size > MAX_HEADER_BYTES:
+        _refuse_lookalike(file, beginning)
+        raise ValueError(
+            f"{file} is no safetensors file: it gives the length of its header as {header_size:,} bytes; the format "
+            f"allows {MAX_HEADER_BYTES:,}."
+        )
+    data_start = LENGTH_BYTES + header_size
+    if data_start > file_size:
+        _refuse_lookalike(file, beginning)
+        raise ValueError(
+            f"{file} is cut: {data_start:,} bytes of header expected, {file_size:,} found; {_FETCH_AGAIN}."
+        )
+    entries = _entries(file, _json(file, read(LENGTH_BYTES, data_start)), data_start)
+    _require_gapless(file, entries, data_start, file_size)
+    return entries
+
+
+def _refuse_lookalike(file: str, beginning: bytes) -> None:
+    for start, what in _LOOKALIKES:
+        if beginning.lstrip().startswith(start):
+            raise ValueError(f"{file} is no safetensors file. It looks like {what}.")
+
+
+def _json(file: str, header: bytes) -> dict[str, Any]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            duplicate = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"{file} is corrupt: its header names {duplicate!r} twice.")
+        return dict(pairs)
+
+    try:
+        contents = json.loads(header, object_pairs_hook=without_duplicates)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is no safetensors file, or corrupt: its header is no JSON ({error}).") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file} is corrupt: its header is a {type(contents).__name__}, not an object.")
+    return contents
+
+
+def _entries(file: str, contents: dict[str, Any], data_start: int) -> dict[str, TensorEntry]:
+    """The header's tensors, sorted by place, each one checked by itself."""
+    entries = [_entry(file, name, fields, data_start) for name, fields in contents.items() if name != "__metadata__"]
+    return dict(sorted(entries, key=lambda item: (item[1].start, item[1].stop)))
+
+
+def _entry(file: str, name: str, fields: Any, data_start: int) -> tuple[str, TensorEntry]:
+    if not isinstance(fields, dict) or not fields.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{file} is corrupt: its header has no dtype, shape and data_offsets for {name!r}.")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"{file}: {name!r} has the unknown dtype {dtype!r}; known are {', '.join(_BITS)}.")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{file} is corrupt: {name!r} has shape {shape!r} and data_offsets {offsets!r}.")
+    expected_bits, num_bytes = prod(shape) * _BITS[dtype], offsets[1] - offsets[0]
+    if expected_bits != num_bytes * 8:
+        raise ValueError(
+            f"{file} is corrupt: {name!r} of shape {shape} and dtype {dtype} takes {expected_bits // 8:,} bytes, its "
+            f"data_offsets {offsets} span {num_bytes:,}."
+        )
+    return name, TensorEntry(file, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _require_gapless(file: str, entries: dict[str, TensorEntry], data_start: int, file_size: int) -> None:
+    position = data_start
+    for name, entry in entries.items():
+        if entry.start != position:
+            what = "overlaps another tensor" if entry.start < position else "leaves a gap before it"
+            raise ValueError(f"{file} is corrupt: {name!r} {what} (starts at {entry.start:,}, not {position:,}).")
+        position = entry.stop
+    if position != file_size:
+        what = "cut" if file_size < position else "too long"
+        raise ValueError(f"{file} is {what}: {position:,} bytes expected, {file_size:,} found; {_FETCH_AGAIN}.")
+
+
+def read_local_header(path: Path) -> dict[str, TensorEntry]:
+    """`read_header` of a file on this machine.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: As `read_header`.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a safetensors file.")
+
+    def read(start: int, stop: int) -> bytes:
+        file.seek(start)
+        return file.read(stop - start)
+
+    with path.open("rb") as file:
+        return read_header(str(path), path.stat().st_size, read)
+
+
+def read_tensor(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
+    """Read one tensor into new memory.
+
+    Raises:
+        ValueError: Its dtype is not one of `DTYPES`, or the file has become shorter.
+    """
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    file.seek(entry.start)
+    if file.readinto(byte_view(tensor)) != entry.num_bytes:
+        raise ValueError(f"{entry.file} has become shorter while it was read; {_FETCH_AGAIN}.")
+    return tensor
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not a copy of them."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
