@@ -15,7 +15,12 @@ from transformers import IMAGE_PROCESSOR_MAPPING, AutoImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import cached_file
 
-from ..configuration.checkpoint_code_deepseek_ocr_vision import CHECKSUMS, checkpoint_code, package_module
+from ..configuration.checkpoint_code_deepseek_ocr_vision import (
+    CHECKSUMS,
+    IN_PACKAGE,
+    checkpoint_code,
+    package_module,
+)
 from ..configuration.checksums_deepseek_ocr_vision import verify_checksums as verify_folder
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
 from ..configuration.presets_deepseek_ocr_vision import preset_of, require_preset
@@ -99,12 +104,16 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
             kwargs: As in transformers.
 
         Raises:
-            ValueError: The checkpoint does not fit, or is not what its checksums say; the message names keys and
-                shapes, or files.
-            OSError: The checkpoint cannot be read, or has no checksums though they were to be compared.
+            ValueError: The checkpoint does not fit, is corrupt, or is not what its checksums say; the message names
+                keys and shapes, or files.
+            OSError: The checkpoint cannot be read, holds no safetensors, or has no checksums though they were to be
+                compared.
         """
         if strict is None:
             strict = pretrained_model_name_or_path is not None and not output_loading_info
+        _check_files(pretrained_model_name_or_path, kwargs)
+        # Pickles can run code.
+        kwargs.setdefault("use_safetensors", True)
         model, loading_info = super().from_pretrained(
             pretrained_model_name_or_path,
             *model_args,
@@ -420,6 +429,13 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
             for parameter in groups[group]:
                 parameter.requires_grad_(requires_grad)
         return self
+
+
+def _check_files(source: str | os.PathLike | None, options: dict[str, Any]) -> None:
+    """Find out what is wrong with the files in a folder before transformers stumbles over it."""
+    if IN_PACKAGE and source is not None and os.path.isdir(source) and options.get("variant") is None:
+        folder = os.path.join(source, options.get("subfolder") or "")
+        package_module("modeling.weights").check_files(folder)
 
 
 def _verify_files(source: str | os.PathLike, options: dict[str, Any]) -> None:

@@ -175,3 +175,43 @@ def test_the_saved_config_names_model_and_code(tmp_path, tiny_model):
     assert contents["architectures"] == ["DeepSeekOCRVisionModel"]
     assert contents["auto_map"]["AutoModel"] == "modeling_deepseek_ocr_vision.DeepSeekOCRVisionModel"
     assert contents["hidden_size"] == 32
+
+
+# Files
+
+
+def test_files_that_are_cut_or_foreign_are_errors_that_name_them(tmp_path, tiny_model):
+    """Pins the library's own message, which names neither the file nor what to do."""
+    tiny_model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    sound = path.read_bytes()
+    for contents, expected in (
+        (sound[:-1], "is cut"),
+        (b"<html>", "HTML"),
+        (b"", "is empty"),
+        (sound + b"x", "too long"),
+    ):
+        path.write_bytes(contents)
+        with pytest.raises(ValueError, match=rf"{path}.*{expected}"):
+            AutoModel.from_pretrained(tmp_path)
+
+
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path, tiny_model):
+    """Pins a path in an index, which transformers follows."""
+    folder = tmp_path / "saved"
+    tiny_model.save_pretrained(folder, max_shard_size="50KB")
+    index = folder / "model.safetensors.index.json"
+    name = json.loads(index.read_text())["weight_map"]["sam_model.pos_embed"]
+    (folder / name).rename(tmp_path / "outside.safetensors")
+    index.write_text(index.read_text().replace(name, "../outside.safetensors"))
+    with pytest.raises(ValueError, match="no safetensors file in the same folder; refused"):
+        AutoModel.from_pretrained(folder)
+
+
+def test_pickles_are_not_loaded(tmp_path, tiny_model):
+    """Pins weights that can run code, where safetensors are missing."""
+    tiny_model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tiny_model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModel.from_pretrained(tmp_path)

@@ -6,7 +6,7 @@ things are written.
 """
 
 from .live import load_encoder
-from .reading import check_checkpoint, load_deepseek_ocr
+from .reading import check_checkpoint, check_files, load_deepseek_ocr
 from .targets import in_one_step
 from .writing import WriteReport, write_deepseek_ocr
 
@@ -14,6 +14,7 @@ from .writing import WriteReport, write_deepseek_ocr
 __all__ = [
     "WriteReport",
     "check_checkpoint",
+    "check_files",
     "in_one_step",
     "load_deepseek_ocr",
     "load_encoder",

@@ -83,6 +83,8 @@ def open_local(source: str | os.PathLike) -> LocalCheckpoint:
         ValueError: A file, the index or the configuration is corrupt, or there are only pickles.
     """
     path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
     folder, index = (path, None) if path.is_dir() else (path.parent, None)
     if not path.is_dir():
         files = (path.name,)

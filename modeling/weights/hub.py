@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, tqdm, validate_repo_id
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -108,8 +108,7 @@ class RemoteFile:
                     yield chunk
             except (RefusedError, HfHubHTTPError):
                 raise
-            # huggingface_hub's HTTP library, and so the class of its errors, is another from version to version.
-            except Exception as error:
+            except (HTTPError, OSError) as error:
                 failures += 1
                 if failures > MAX_FAILURES:
                     raise OSError(f"{self.repository.repo_id}: {self.name} breaks off at byte {start:,}.") from error
@@ -361,10 +360,7 @@ def explained(repo_id: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        library = type(error).__module__.split(".")[0]
-        if isinstance(error, ValueError) or library not in ("huggingface_hub", "httpx", "httpx2"):
-            raise
+    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
         raise OSError(_explanation(repo_id, error)) from error
 
 

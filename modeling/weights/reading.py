@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...configuration.architecture import config_of_checkpoint
 from ...configuration.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
@@ -65,6 +66,17 @@ def _widest_dtype(checkpoint: LocalCheckpoint, sources: dict[str, list[str]]) ->
     for dtype in dtypes[1:]:
         widest = torch.promote_types(widest, dtype)
     return widest
+
+
+def check_files(folder: str | os.PathLike) -> None:
+    """Check the files of weights in a folder by their headers, where transformers opens whatever the index names.
+
+    Raises:
+        OSError: A file that the index names is missing.
+        ValueError: A file or the index is corrupt, or leads out of the folder.
+    """
+    if any(os.path.isfile(os.path.join(folder, name)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        open_local(folder)
 
 
 def check_checkpoint(source: str | os.PathLike) -> str:

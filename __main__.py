@@ -1,0 +1,148 @@
+"""The command line: `deepseek-ocr-vision COMMAND`, or `python -m deepseek_ocr_vision COMMAND`.
+
+Thin over the package: `extract` is `from_deepseek_ocr`, `write-back` is `write_deepseek_ocr`, `upload` is
+`hub_upload`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor, hub_upload
+from deepseek_ocr_vision.configuration.checksums_deepseek_ocr_vision import write_checksums
+from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
+from deepseek_ocr_vision.modeling.weights import check_checkpoint, in_one_step
+
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def extract(options: argparse.Namespace) -> int:
+    """Write the encoder of a checkpoint as one of its own, which loads by the Auto classes."""
+    hub_options = {"revision": options.revision, "cache_dir": options.cache_dir, "preset": options.preset}
+    hub_options["local_files_only"] = options.local_files_only
+    with in_one_step(options.target) as partial:
+        model = DeepSeekOCRVisionModel.from_deepseek_ocr(
+            options.source, feature_mode=options.feature_mode, dtype=options.dtype, **hub_options
+        )
+        processor = DeepSeekOCRVisionProcessor.from_deepseek_ocr(options.source, **hub_options)
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        write_checksums(partial)
+    num_bytes = sum(path.stat().st_size for path in options.target.iterdir())
+    dtype, num_bytes = str(model.dtype).removeprefix("torch."), sum(p.stat().st_size for p in options.target.iterdir())
+    sys.stdout.write(
+        f"{options.target}: {model.num_parameters():,} parameters in {dtype}, {num_bytes / 1e9:.2f} GB, feature mode "
+        f"{model.config.feature_mode!r}, preset {options.preset!r}. It loads by\n"
+        f'    AutoModel.from_pretrained("{options.target}", trust_remote_code=True)\n'
+    )
+    return 0
+
+
+def write_back(options: argparse.Namespace) -> int:
+    """Write a full checkpoint with the encoder's weights in it replaced."""
+    model = DeepSeekOCRVisionModel.from_pretrained(options.model, dtype="auto")
+    report = model.write_deepseek_ocr(
+        options.base, options.target, revision=options.revision, cache_dir=options.cache_dir
+    )
+    sys.stdout.write(f"{report}\n")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Check a checkpoint on this machine: its checksums, and every weight of the encoder in it."""
+    sys.stdout.write(f"{check_checkpoint(options.folder)}\n")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, or 1 with a message, or 130 after Ctrl-C. argparse itself exits with 2.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted. What was fetched is kept, nothing else was written.\n")
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deepseek-ocr-vision",
+        description="The DeepSeek-OCR vision encoder: its weights out of a released checkpoint, back into one, and "
+        "onto the Hub. Each command has its own --help.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_extract(commands)
+    _add_write_back(commands)
+    _add_verify(commands)
+    upload = commands.add_parser("upload", help="publish an encoder on the Hub", **hub_upload.HELP)
+    hub_upload.add_arguments(upload)
+    upload.set_defaults(run=hub_upload.run)
+    return parser
+
+
+def _add_extract(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "extract",
+        help="take the encoder out of a released checkpoint",
+        description="Write the encoder in a DeepSeek-OCR or Unlimited-OCR checkpoint as a checkpoint of its own, with "
+        "processor, code and checksums. Of a repository on the Hub only the encoder's 0.8 GB are fetched.",
+        epilog="deepseek-ocr-vision extract deepseek-ai/DeepSeek-OCR encoder --preset deepseek-ocr",
+    )
+    parser.add_argument("source", help="Hub id, folder or safetensors file")
+    parser.add_argument("target", type=Path, help="new folder")
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default="deepseek-ocr-encoder",
+        help="which preprocessing, and with it which features (default: %(default)s)",
+    )
+    parser.add_argument("--feature-mode", choices=FEATURE_MODES, help="other features than the preset's")
+    parser.add_argument("--dtype", help="convert the weights, such as to float32 (default: as they are stored)")
+    _add_hub_options(parser)
+    parser.add_argument("--local-files-only", action="store_true", help="do without the Hub")
+    parser.set_defaults(run=extract)
+
+
+def _add_write_back(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "write-back",
+        help="put a trained encoder back into a released checkpoint",
+        description="Write a full checkpoint in the layout of BASE, with the encoder's weights replaced and "
+        "everything else byte for byte as it was. What the encoder does not have keeps the base's values.",
+        epilog="deepseek-ocr-vision write-back outputs/encoder deepseek-ai/DeepSeek-OCR DeepSeek-OCR-mine",
+    )
+    parser.add_argument("model", help="the encoder: folder or Hub id, as save_pretrained or extract wrote it")
+    parser.add_argument("base", help="the checkpoint to take everything else from: folder, safetensors file or Hub id")
+    parser.add_argument("target", type=Path, help="new folder, or file if BASE is one")
+    _add_hub_options(parser)
+    parser.set_defaults(run=write_back)
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="check a checkpoint on this machine",
+        description="Compare a checkpoint's files with its SHA256SUMS, if it has them, and make sure that every "
+        "weight of the encoder is there, of the right shape and finite. Exit code 1 if not.",
+        epilog="deepseek-ocr-vision verify encoder",
+    )
+    parser.add_argument("folder", type=Path, help="the encoder's checkpoint, or a released one")
+    parser.set_defaults(run=verify)
+
+
+def _add_hub_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--cache-dir", help="the Hub's cache (default: huggingface_hub's own)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
