@@ -33,7 +33,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -47,7 +46,7 @@ from deepseek_ocr_vision.configuration.checksums_deepseek_ocr_vision import (
     write_checksums,
 )
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.modeling.weights import in_one_step
+from deepseek_ocr_vision.modeling.weights import check_repository_id, in_one_step
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
 
 
@@ -106,23 +105,6 @@ class Parity:
 
 
 # Before anything else: names.
-
-
-def check_repository_id(repo_id: Any) -> str:
-    """The id itself, if it is one of a repository, `namespace/name`.
-
-    Raises:
-        ValueError: It is not.
-    """
-    allowed = "it has to be namespace/name, of letters, digits, single '-', '_' and '.'"
-    # Older versions of the client pass a line break at the end, and letters that are not ASCII.
-    if not isinstance(repo_id, str) or not re.fullmatch(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", repo_id):
-        raise ValueError(f"{repo_id!r} is no repository id; {allowed}.")
-    try:
-        validate_repo_id(repo_id)
-    except ValueError as error:
-        raise ValueError(f"{repo_id!r} is no repository id; {allowed}.") from error
-    return repo_id
 
 
 def _check_names(*, license: str = LICENSE, base_model: str | None = None, revision: str | None = None) -> None:

@@ -5,6 +5,7 @@ this machine and elsewhere, `names` gives an account of the tensors, `files` rea
 things are written.
 """
 
+from .hub import check_repository_id
 from .live import load_encoder
 from .reading import check_checkpoint, check_files, load_deepseek_ocr
 from .targets import in_one_step
@@ -15,6 +16,7 @@ __all__ = [
     "WriteReport",
     "check_checkpoint",
     "check_files",
+    "check_repository_id",
     "in_one_step",
     "load_deepseek_ocr",
     "load_encoder",

@@ -8,6 +8,7 @@ waiting times.
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -273,6 +274,23 @@ def _spans(entries: Iterable[TensorEntry]) -> list[tuple[str, int, int]]:
     return [span for span in spans if span[1] < span[2]]
 
 
+def check_repository_id(repo_id: Any) -> str:
+    """The id itself, if it is one of a repository, `namespace/name`.
+
+    Raises:
+        ValueError: It is not.
+    """
+    allowed = "it has to be namespace/name, of letters, digits, single '-', '_' and '.'"
+    # Older versions of the client pass a line break at the end, and letters that are not ASCII.
+    if not isinstance(repo_id, str) or not re.fullmatch(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", repo_id):
+        raise ValueError(f"{repo_id!r} is no repository id; {allowed}.")
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(f"{repo_id!r} is no repository id; {allowed}.") from error
+    return repo_id
+
+
 def repository_named(source: Any, *, argument: str) -> str | None:
     """The Hub id that an argument is, or `None` if it is the path of something on this machine.
 
@@ -288,8 +306,7 @@ def repository_named(source: Any, *, argument: str) -> str | None:
     name = os.fspath(source)
     if os.path.isabs(name) or name.startswith((".", "~")) or name.endswith(".safetensors") or name.count("/") != 1:
         raise FileNotFoundError(f"{name!r} does not exist, and is not the name of a repository on the Hub.")
-    validate_repo_id(name)
-    return name
+    return check_repository_id(name)
 
 
 def open_remote(
@@ -360,7 +377,8 @@ def explained(repo_id: str) -> Iterator[None]:
     """
     try:
         yield
-    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
+    # Where no connection comes about, older versions of the client end with a RuntimeError.
+    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, RuntimeError) as error:
         raise OSError(_explanation(repo_id, error)) from error
 
 
@@ -375,4 +393,4 @@ def _explanation(repo_id: str, error: BaseException) -> str:
     return f"{repo_id} could not be reached, and is not in the cache. ({error})"
 
 
-__all__ = ["RemoteCheckpoint", "open_remote", "repository_named"]
+__all__ = ["RemoteCheckpoint", "check_repository_id", "open_remote", "repository_named"]
