@@ -1,24 +1,47 @@
 """Attention of both stages: one class each, and the functions that compute it, looked up by name at every call.
 
-Letters in the shapes: B batch, H and W rows and columns of the grid, N = H x W tokens, A heads, D width of a head,
-C = A x D channels.
+Letters in the shapes: B batch, H and W rows and columns of the grid, S and T rows and columns of a window, N tokens,
+A heads, D width of a head, C = A x D channels.
 
-SAM adds a decomposed relative position to the logits (MViTv2, arXiv 2112.01526, section 4.1, as segment-anything
-computes it): for a query at row h, column w and a key at row i, column j,
+SAM attends within windows of a grid, or to all of it, and adds a decomposed relative position to the logits (MViTv2,
+arXiv 2112.01526, section 4.1, as segment-anything computes it). For a query at row h, column w and a key at row i,
+column j of the same window,
 
     logit = scaling * q . k + q . R_h[h - i] + q . R_w[w - j]
 
-where R_h and R_w are learned tables of 2n - 1 rows each, and the query in the last two terms is *not* scaled.
+where R_h and R_w are learned tables of 2n - 1 rows each, and the query in the last two terms is *not* scaled. For the
+whole page that bias has 12 x 4096 x 4096 entries, 0.8 GB in float32. It can be computed in three ways, exactly the
+same but for rounding:
+
+- `"blockwise"`: for some queries of some heads at a time, so that logits live in the processor's cache and nowhere
+  else. The backward pass computes them again, as in FlashAttention (arXiv 2205.14135), so that nothing but the fused
+  projection and the output is kept for it.
+- `"sdpa_folded"`: with rel_h = q . R_h and rel_w = q . R_w, and with one-hot vectors for a key's row and column, the
+  logit is a plain dot product, [scaling * q, rel_h, rel_w] . [k, onehot(i), onehot(j)], which flash kernels take.
+- `"sdpa_masked"`: the bias as a tensor, handed to SDPA as its mask.
+
+`"sdpa"` is the first of them on a CPU, the second on a GPU, and the third where a graph is compiled or exported, in
+which loops over blocks would be unrolled. `"eager"` and functions registered with transformers' `AttentionInterface`
+get the bias as a tensor too. The CLIP stage has no bias; there all three names mean SDPA.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionClipConfig, DeepSeekOCRVisionSamConfig
+
+
+BLOCK_BYTES = 16 << 20
+"""Size of a block of logits. Of 1 to 64 MiB, 16 were fastest in both dtypes for a global block at 1024 on two cores
+with AVX-512 and AMX (float32 0.29 s, bfloat16 0.18 s; with 2 MiB 0.38 s and 0.51 s), windows fit in any."""
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -62,7 +85,15 @@ def sdpa_attention(
     return output.transpose(1, 2), None
 
 
-_ATTENTION_FUNCTIONS: dict[str, Callable] = {"eager": eager_attention, "sdpa": sdpa_attention}
+# How SAM's bias gets into the logits; without one they are all SDPA.
+FORMULATIONS = ("blockwise", "sdpa_folded", "sdpa_masked")
+_ATTENTION_FUNCTIONS: dict[str, Callable] = {"eager": eager_attention} | dict.fromkeys(
+    ("sdpa", *FORMULATIONS), sdpa_attention
+)
+
+for _name in FORMULATIONS:
+    # transformers takes only names that it knows for an `attn_implementation`.
+    AttentionInterface.register(_name, sdpa_attention)
 
 
 def attention_function(attn_implementation: str) -> Callable:
@@ -108,41 +139,373 @@ def relative_positions(table: torch.Tensor, size: int) -> torch.Tensor:
     return table[positions[:, None] - positions[None, :] + size - 1]
 
 
-def relative_position_bias(
-    query: torch.Tensor, rel_pos_h: torch.Tensor, rel_pos_w: torch.Tensor, grid: tuple[int, int]
-) -> torch.Tensor:
-    """The decomposed relative positions as one tensor to add to the logits.
+def window_partition(grid: torch.Tensor, window: tuple[int, int], padding: torch.Tensor | None) -> torch.Tensor:
+    """Cut a grid into windows, padded at the bottom and the right where it does not divide.
 
     Args:
-        query: [B, A, N, D], not scaled.
-        rel_pos_h: [2n - 1, D], the table of the rows.
-        rel_pos_w: [2n - 1, D], the table of the columns.
-        grid: (H, W), with H x W = N.
+        grid: [B, H, W, C].
+        window: (S, T).
+        padding: [C], what the padding is filled with; not needed where the grid divides.
 
     Returns:
-        [B, A, N, N].
+        [B x windows, S, T, C], row-major over the windows of each picture.
     """
-    batch_size, num_heads, num_tokens, head_dim = query.shape
+    batch_size, height, width, channels = grid.shape
+    rows, columns = -(-height // window[0]), -(-width // window[1])
+    if padding is not None:
+        grid = F.pad(grid, (0, 0, 0, columns * window[1] - width, 0, rows * window[0] - height))
+        grid[:, height:] = padding
+        grid[:, :, width:] = padding
+    windows = grid.view(batch_size, rows, window[0], columns, window[1], channels).transpose(2, 3)
+    return windows.reshape(batch_size * rows * columns, *window, channels)
+
+
+def window_unpartition(windows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Undo `window_partition`: put the windows back together and cut the padding off.
+
+    Args:
+        windows: [B x windows, S, T, C].
+        grid: (H, W) before the partition.
+
+    Returns:
+        [B, H, W, C].
+    """
+    num_windows, *window, channels = windows.shape
     height, width = grid
-    query = query.view(batch_size, num_heads, height, width, head_dim)
-    rel_h = torch.einsum("bahwd,hid->bahwi", query, relative_positions(rel_pos_h, height))  # [B, A, H, W, H]
-    rel_w = torch.einsum("bahwd,wjd->bahwj", query, relative_positions(rel_pos_w, width))  # [B, A, H, W, W]
+    rows, columns = -(-height // window[0]), -(-width // window[1])
+    batch_size = num_windows // (rows * columns)
+    windows = windows.view(batch_size, rows, columns, *window, channels).transpose(2, 3)
+    grid = windows.reshape(batch_size, rows * window[0], columns * window[1], channels)
+    return grid[:, :height, :width]
+
+
+def relative_position_terms(
+    query: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the rows and the columns of the keys add to the logits.
+
+    Args:
+        query: [..., S, T, D], not scaled; fewer rows or columns than a window has are its first ones.
+        table_h: [S, S, D], as `relative_positions` gives it for the rows.
+        table_w: [T, T, D], for the columns.
+
+    Returns:
+        rel_h, [..., S, T, S], and rel_w, [..., S, T, T].
+    """
+    rows, columns = query.shape[-3:-1]
+    rel_h = torch.einsum("...std,sid->...sti", query, table_h[:rows])
+    rel_w = torch.einsum("...std,tjd->...stj", query, table_w[:columns])
+    return rel_h, rel_w
+
+
+def _masked_attention(
+    attend: Callable,
+    module: nn.Module,
+    query: torch.Tensor,  # [B, A, N, D]
+    key: torch.Tensor,  # [B, A, N, D]
+    value: torch.Tensor,  # [B, A, N, D]
+    rel_h: torch.Tensor,  # [B, A, S, T, S]
+    rel_w: torch.Tensor,  # [B, A, S, T, T]
+) -> torch.Tensor:  # [B, N, A, D]
+    """Attention with the bias as a tensor [B, A, N, N]."""
     # Both are small; contiguous, they make their large sum contiguous as well, so that the view below copies nothing.
-    bias = rel_h.contiguous()[..., :, None] + rel_w.contiguous()[..., None, :]  # [B, A, H, W, H, W]
-    return bias.view(batch_size, num_heads, num_tokens, num_tokens)
+    bias = rel_h.contiguous()[..., :, None] + rel_w.contiguous()[..., None, :]  # [B, A, S, T, S, T]
+    bias = bias.view(*query.shape[:3], key.shape[2])
+    return attend(module, query, key, value, bias, scaling=module.scaling, is_causal=False)[0]
+
+
+def fold_bias(
+    query: torch.Tensor, key: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fold relative positions into the width of a head, so that a logit is a plain dot product.
+
+    Args:
+        query: [..., s, t, D], scaled.
+        key: [..., N, D], of S x T tokens.
+        rel_h: [..., s, t, S], of the query before it was scaled.
+        rel_w: [..., s, t, T].
+
+    Returns:
+        Query, [..., s, t, D + S + T], and key, [..., N, D + S + T].
+    """
+    height, width = rel_h.shape[-1], rel_w.shape[-1]
+    rows = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, dim=0)  # [N, S]
+    columns = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)  # [N, T]
+    place = torch.cat([rows, columns], dim=-1).expand(*key.shape[:-1], -1)  # [..., N, S + T]
+    return torch.cat([query, rel_h, rel_w], dim=-1), torch.cat([key, place], dim=-1)
+
+
+def _folded_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # [B, A, N, D]
+    key: torch.Tensor,  # [B, A, N, D]
+    value: torch.Tensor,  # [B, A, N, D]
+    rel_h: torch.Tensor,  # [B, A, S, T, S]
+    rel_w: torch.Tensor,  # [B, A, S, T, T]
+) -> torch.Tensor:  # [B, N, A, D]
+    """Attention with the bias folded into the width of a head."""
+    head_dim = value.shape[-1]
+    query = (query * module.scaling).unflatten(2, rel_h.shape[2:4])
+    query, key = fold_bias(query, key, rel_h, rel_w)
+    # Flash kernels ask for values as wide as keys.
+    value = F.pad(value, (0, key.shape[-1] - head_dim))
+    return sdpa_attention(module, query.flatten(2, 3), key, value, None, scaling=1.0)[0][..., :head_dim]
+
+
+def _windowed_attention(
+    name: str,
+    module: nn.Module,
+    qkv: torch.Tensor,  # [B, H, W, 3C]
+    padding: torch.Tensor | None,  # [3C]
+    table_h: torch.Tensor,  # [S, S, D]
+    table_w: torch.Tensor,  # [T, T, D]
+) -> torch.Tensor:  # [B, H, W, C]
+    """Attention over all windows at once, by any implementation but the blockwise one."""
+    window, grid = (table_h.shape[0], table_w.shape[0]), qkv.shape[1:3]
+    windows = window_partition(qkv, window, padding)  # [B x windows, S, T, 3C]
+    query, key, value = split_heads(windows, module.num_heads)  # each [B x windows, A, N, D]
+    rel_h, rel_w = relative_position_terms(query.unflatten(2, window), table_h, table_w)
+    if name == "sdpa_folded":
+        output = _folded_attention(module, query, key, value, rel_h, rel_w)
+    else:
+        output = _masked_attention(attention_function(name), module, query, key, value, rel_h, rel_w)
+    return window_unpartition(output.reshape(windows.shape[0], *window, -1), grid)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Windows of one picture side by side, all with as much padding, as the blockwise attention sees them.
+
+    Letters: s and t rows and columns of a window that are not padding, G the heads of all windows.
+
+    Attributes:
+        place: Rows and columns of the grid that they cover.
+        shape: (windows below each other, windows beside each other, heads, s, t, D).
+        query: [G, s, t, D], only of tokens that are not padding; nobody looks at the others' output.
+        key: [G, N, D], of all S x T tokens.
+        value: [G, N, D].
+        rel_h: [G, s, t, S].
+        rel_w: [G, s, t, T].
+        folded: In half precision, query and key with the bias folded in: on two cores with AMX the logits of a global
+            block take 32 ms so, and 56 ms with the bias added first; in float32 234 and 103 ms. And what is not added
+            is not rounded.
+    """
+
+    place: tuple[slice, slice]
+    shape: tuple[int, ...]
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    rel_h: torch.Tensor
+    rel_w: torch.Tensor
+    folded: tuple[torch.Tensor, torch.Tensor] | None
+
+    def gathered(self, grid: torch.Tensor) -> torch.Tensor:
+        """These windows of a grid [H, W, A, D] as [G, s, t, D]."""
+        return self._by_window(grid).reshape(self.query.shape)
+
+    def scatter(self, values: torch.Tensor, grid: torch.Tensor) -> None:
+        """Put [G, s, t, D] into its place in a grid [H, W, A, D]."""
+        self._by_window(grid).copy_(values.reshape(self.shape))
+
+    def _by_window(self, grid: torch.Tensor) -> torch.Tensor:
+        down, across, _, rows, columns, _ = self.shape
+        windows = grid[self.place].unflatten(1, (across, columns)).unflatten(0, (down, rows))  # [., s, ., t, A, D]
+        return windows.permute(0, 2, 4, 1, 3, 5)
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Heads and rows of the queries whose logits are made at once: rows of half a block, and heads to fill it."""
+        num_heads, num_rows, num_columns, _ = self.query.shape
+        row_bytes = num_columns * self.key.shape[1] * self.key.element_size()
+        rows = max(1, min(num_rows, BLOCK_BYTES // (2 * row_bytes)))
+        heads = max(1, min(num_heads, BLOCK_BYTES // (rows * row_bytes)))
+        for head in range(0, num_heads, heads):
+            for row in range(0, num_rows, rows):
+                yield slice(head, min(head + heads, num_heads)), slice(row, min(row + rows, num_rows))
+
+    def weights(self, heads: slice, rows: slice, scratch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The attention weights of a block, [g, n, N], in the second of two scratch tensors."""
+        size = (*self.rel_h[heads, rows].shape, self.rel_w.shape[-1])  # [g, s, t, S, T]
+        logits, weights = (_shaped(tensor, size).flatten(3).flatten(1, 2) for tensor in scratch)
+        if self.folded is not None:
+            query, key = self.folded
+            torch.bmm(query[heads, rows].flatten(1, 2), key[heads].transpose(1, 2), out=logits)
+        else:
+            torch.add(self.rel_h[heads, rows, :, :, None], self.rel_w[heads, rows, :, None], out=logits.view(size))
+            query, key = self.query[heads, rows].flatten(1, 2), self.key[heads]
+            logits.baddbmm_(query, key.transpose(1, 2), alpha=self.query.shape[-1] ** -0.5)
+        return torch.softmax(logits, dim=-1, out=weights)
+
+
+def _shaped(scratch: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The beginning of a scratch tensor in a shape; the tensor grows if it does not suffice."""
+    size = torch.Size(shape).numel()
+    return scratch.resize_(max(scratch.numel(), size))[:size].view(shape)
+
+
+def _cuts(length: int, side: int) -> Iterator[tuple[slice, int, int]]:
+    """An axis as whole windows and the rest: place, number of windows, and how much of each is not padding."""
+    whole = length // side
+    if whole:
+        yield slice(0, whole * side), whole, side
+    if length % side:
+        yield slice(whole * side, length), 1, length % side
+
+
+def _windows(
+    qkv: torch.Tensor,  # [H, W, 3, A, D]
+    padding: torch.Tensor | None,  # [3C]
+    table_h: torch.Tensor,  # [S, S, D]
+    table_w: torch.Tensor,  # [T, T, D]
+) -> Iterator[_Windows]:
+    """The windows of one picture: those without padding, those at its edges, and that in the corner."""
+    height, width, *parts = qkv.shape
+    window = (table_h.shape[0], table_w.shape[0])
+    for rows, down, num_rows in _cuts(height, window[0]):
+        for columns, across, num_columns in _cuts(width, window[1]):
+            real = qkv[rows, columns].unflatten(1, (across, num_columns)).unflatten(0, (down, num_rows))
+            whole = real  # [windows below, S, windows beside, T, 3, A, D]
+            if (num_rows, num_columns) != window:
+                whole = padding.view(*parts).repeat(down, window[0], across, window[1], 1, 1, 1)
+                whole[:, :num_rows, :, :num_columns] = real
+            # One copy here, or the matrix products of every block would make their own.
+            query = real[:, :, :, :, 0].permute(0, 2, 4, 1, 3, 5).contiguous()
+            key, value = whole[:, :, :, :, 1:].permute(4, 0, 2, 5, 1, 3, 6).contiguous().flatten(1, 3).flatten(2, 3)
+            shape, query = query.shape, query.flatten(0, 2)
+            rel_h, rel_w = relative_position_terms(query, table_h, table_w)
+            folded = None
+            if qkv.dtype.itemsize < 4:
+                folded = fold_bias(query * query.shape[-1] ** -0.5, key, rel_h, rel_w)
+            yield _Windows((rows, columns), tuple(shape), query, key, value, rel_h, rel_w, folded)
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """Attention within windows of a grid, with relative positions, block by block; see the top of this file.
+
+    Inputs: qkv [B, H, W, 3, A, D], of the tokens of the grid; padding [3C], that of the tokens that fill up the
+    windows at the bottom and the right, or `None` if there are none; table_h [S, S, D] and table_w [T, T, D], as
+    `relative_positions` gives them for a window of S x T. Output: [B, H, W, A, D].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: torch.Tensor, padding: torch.Tensor | None, table_h: torch.Tensor, table_w: torch.Tensor
+    ) -> torch.Tensor:
+        output = torch.empty_like(qkv[:, :, :, 0], memory_format=torch.contiguous_format)
+        scratch = qkv.new_empty(0), qkv.new_empty(0)
+        for picture, picture_output in zip(qkv, output, strict=True):
+            for windows in _windows(picture, padding, table_h, table_w):
+                attended = torch.empty_like(windows.query)
+                for heads, rows in windows.blocks():
+                    block = windows.weights(heads, rows, scratch) @ windows.value[heads]
+                    attended[heads, rows] = block.view(attended[heads, rows].shape)
+                windows.scatter(attended, picture_output)
+        ctx.save_for_backward(qkv, padding, table_h, table_w, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        qkv, padding, table_h, table_w, output = ctx.saved_tensors
+        grad_qkv = torch.empty_like(qkv)
+        # These are sums over many windows and blocks.
+        dtype = at_least_float32(qkv.dtype)
+        sums = [None if part is None else torch.zeros_like(part, dtype=dtype) for part in (padding, table_h, table_w)]
+        scratch = qkv.new_empty(0), qkv.new_empty(0)
+        for index, picture in enumerate(qkv):
+            for windows in _windows(picture, padding, table_h, table_w):
+                grad = windows.gathered(grad_output[index])  # [G, s, t, D]
+                delta = (grad * windows.gathered(output[index])).sum(-1, keepdim=True)  # [G, s, t, 1]
+                grad_query, *grads, grad_rel_h, grad_rel_w = _window_gradients(windows, grad, delta, scratch)
+                grad_query += torch.einsum("gsti,sid->gstd", grad_rel_h, table_h[: grad_rel_h.shape[1]])
+                grad_query += torch.einsum("gstj,tjd->gstd", grad_rel_w, table_w[: grad_rel_w.shape[2]])
+                sums[1][: grad_rel_h.shape[1]] += torch.einsum("gsti,gstd->sid", grad_rel_h, windows.query)
+                sums[2][: grad_rel_w.shape[2]] += torch.einsum("gstj,gstd->tjd", grad_rel_w, windows.query)
+                windows.scatter(grad_query, grad_qkv[index, :, :, 0])
+                for part, grad_part in enumerate(grads, start=1):
+                    real = _without_padding(grad_part, windows, sums[0], part)
+                    windows.scatter(real, grad_qkv[index, :, :, part])
+        return grad_qkv, *(None if part is None else part.to(qkv.dtype) for part in sums)
+
+
+def _window_gradients(
+    windows: _Windows, grad_output: torch.Tensor, delta: torch.Tensor, scratch: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of query [G, s, t, D], key and value [G, N, D], rel_h and rel_w, from that of the output [G, s, t, D].
+
+    With weights P and the output's gradient O, that of the logits is P * (O V^T - delta), where delta is the sum of
+    O times the output over the width of a head.
+    """
+    scaling = windows.query.shape[-1] ** -0.5
+    grad_query, grad_h, grad_w = (torch.empty_like(part) for part in (windows.query, windows.rel_h, windows.rel_w))
+    dtype = at_least_float32(windows.key.dtype)
+    grad_key, grad_value = (torch.zeros_like(part, dtype=dtype) for part in (windows.key, windows.value))
+    for heads, rows in windows.blocks():
+        query, grad = (part[heads, rows].flatten(1, 2) for part in (windows.query, grad_output))  # [g, n, D]
+        weights = windows.weights(heads, rows, scratch)  # [g, n, N]
+        grad_value[heads] += weights.transpose(1, 2) @ grad
+        grad_logits = _shaped(scratch[0], weights.shape)
+        torch.bmm(grad, windows.value[heads].transpose(1, 2), out=grad_logits)
+        grad_logits.sub_(delta[heads, rows].flatten(1, 2)).mul_(weights)
+        grad_query[heads, rows] = (grad_logits @ windows.key[heads]).mul_(scaling).view(grad_query[heads, rows].shape)
+        grad_key[heads] += (grad_logits.transpose(1, 2) @ query).mul_(scaling)
+        by_place = grad_logits.view(*grad_h[heads, rows].shape, -1)  # [g, s, t, S, T]
+        grad_h[heads, rows] = by_place.sum(-1)
+        grad_w[heads, rows] = by_place.sum(-2)
+    return grad_query, grad_key, grad_value, grad_h, grad_w
+
+
+def _without_padding(
+    grad: torch.Tensor,  # [G, N, D]
+    windows: _Windows,
+    grad_padding: torch.Tensor | None,  # [3C], added to
+    part: int,
+) -> torch.Tensor:  # [G, s, t, D]
+    """A key's or a value's gradient for the tokens of the grid; what belongs to padded ones is added up elsewhere."""
+    down, across, num_heads, rows, columns, head_dim = windows.shape
+    grad = grad.unflatten(1, (windows.rel_h.shape[-1], windows.rel_w.shape[-1]))  # [G, S, T, D]
+    real = grad[:, :rows, :columns]
+    if real.shape != grad.shape:
+        padded = grad.sum((1, 2)) - real.sum((1, 2))  # [G, D]
+        grad_padding.view(3, num_heads, head_dim)[part] += padded.view(down * across, num_heads, head_dim).sum(0)
+    return real
+
+
+def _blockwise_attention(
+    module: nn.Module,
+    qkv: torch.Tensor,  # [B, H, W, 3C]
+    padding: torch.Tensor | None,  # [3C]
+    table_h: torch.Tensor,  # [S, S, D]
+    table_w: torch.Tensor,  # [T, T, D]
+) -> torch.Tensor:  # [B, H, W, C]
+    heads = qkv.unflatten(-1, (3, module.num_heads, -1))  # [B, H, W, 3, A, D]
+    # Everything has one dtype by now, which autocast would change for some steps and not for others.
+    with torch.autocast(qkv.device.type, enabled=False):
+        return _BlockwiseAttention.apply(heads, padding, table_h, table_w).flatten(3)
+
+
+def _formulation(name: str, device: torch.device) -> str:
+    """What `"sdpa"` means for attention with relative positions."""
+    if name != "sdpa":
+        return name
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return "sdpa_masked"
+    return "blockwise" if device.type == "cpu" else "sdpa_folded"
 
 
 class SamAttention(nn.Module):
-    """Attention over a grid, with decomposed relative positions; the grid is a window or the whole page.
+    """Attention over a grid with decomposed relative positions, within windows or to the whole page.
 
     Args:
         config: The SAM stage.
         table_size: Side of the grid that the relative-position tables are laid out for.
+        window_size: Side of a window; 0 for none.
     """
 
-    def __init__(self, config: DeepSeekOCRVisionSamConfig, *, table_size: int):
+    def __init__(self, config: DeepSeekOCRVisionSamConfig, *, table_size: int, window_size: int = 0):
         super().__init__()
         self.config = config
+        self.window_size = window_size
         self.num_heads = config.num_attention_heads
         head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = head_dim**-0.5
@@ -153,12 +516,22 @@ class SamAttention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_size - 1, head_dim))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, H, W, C] -> [B, H, W, C]
-        _, height, width, _ = hidden_states.shape
-        query, key, value = split_heads(self.qkv(hidden_states), self.num_heads)  # each [B, A, N, D]
-        bias = relative_position_bias(query, self.rel_pos_h, self.rel_pos_w, (height, width))  # [B, A, N, N]
-        attend = attention_function(self.config._attn_implementation)
-        output, _ = attend(self, query, key, value, bias, scaling=self.scaling, is_causal=False)  # [B, N, A, D]
-        return self.proj(output.reshape(hidden_states.shape))
+        _, height, width, channels = hidden_states.shape
+        window = (self.window_size or height, self.window_size or width)
+        qkv = self.qkv(hidden_states)  # [B, H, W, 3C]
+        padding = None
+        if height % window[0] or width % window[1]:
+            # Windows at the edge are filled up with zeros, and no mask hides them: they take part as keys and values
+            # that equal the bias. The released weights were trained so.
+            padding = self.qkv(hidden_states.new_zeros(channels))  # [3C]
+        table_h = relative_positions(self.rel_pos_h, window[0]).to(qkv.dtype)  # [S, S, D]
+        table_w = relative_positions(self.rel_pos_w, window[1]).to(qkv.dtype)  # [T, T, D]
+        name = _formulation(self.config._attn_implementation, qkv.device)
+        if name == "blockwise":
+            output = _blockwise_attention(self, qkv, padding, table_h, table_w)
+        else:
+            output = _windowed_attention(name, self, qkv, padding, table_h, table_w)
+        return self.proj(output)  # [B, H, W, C]
 
 
 class ClipAttention(nn.Module):

@@ -1,11 +1,10 @@
 """The first stage: SAM's ViT-B image encoder (arXiv 2304.02643), its neck, and DeepSeek-OCR's 16x compressor.
 
-Letters in the shapes: B batch, H and W rows and columns of the patch grid, C channels, S side of a window.
+Letters in the shapes: B batch, H and W rows and columns of the patch grid, C channels.
 """
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -19,43 +18,6 @@ from .base_deepseek_ocr_vision import (
 )
 
 
-def window_partition(hidden_states: torch.Tensor, window_size: int) -> torch.Tensor:
-    """Cut a grid into windows, padded with zeros at the bottom and the right where it does not divide.
-
-    Args:
-        hidden_states: [B, H, W, C].
-        window_size: S.
-
-    Returns:
-        [B x windows, S, S, C], row-major over the windows of each picture.
-    """
-    batch_size, height, width, channels = hidden_states.shape
-    rows, columns = -(-height // window_size), -(-width // window_size)
-    padding = (0, 0, 0, columns * window_size - width, 0, rows * window_size - height)
-    hidden_states = F.pad(hidden_states, padding)
-    windows = hidden_states.view(batch_size, rows, window_size, columns, window_size, channels).transpose(2, 3)
-    return windows.reshape(batch_size * rows * columns, window_size, window_size, channels)
-
-
-def window_unpartition(windows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Undo `window_partition`: put the windows back together and cut the padding off.
-
-    Args:
-        windows: [B x windows, S, S, C].
-        grid: (H, W) before the partition.
-
-    Returns:
-        [B, H, W, C].
-    """
-    num_windows, window_size, _, channels = windows.shape
-    height, width = grid
-    rows, columns = -(-height // window_size), -(-width // window_size)
-    batch_size = num_windows // (rows * columns)
-    windows = windows.view(batch_size, rows, columns, window_size, window_size, channels).transpose(2, 3)
-    hidden_states = windows.reshape(batch_size, rows * window_size, columns * window_size, channels)
-    return hidden_states[:, :height, :width]
-
-
 class SamPatchEmbed(nn.Module):
     """Pixels to patches: a convolution whose stride is its kernel."""
 
@@ -66,7 +28,8 @@ class SamPatchEmbed(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # [B, 3, height, width] -> [B, H, W, C]
-        return self.proj(pixel_values).permute(0, 2, 3, 1)
+        # Contiguous, or every norm and every sum of the blocks would go through the channels in strides of H x W.
+        return self.proj(pixel_values).permute(0, 2, 3, 1).contiguous()
 
 
 class SamMLP(nn.Module):
@@ -88,25 +51,15 @@ class SamBlock(GradientCheckpointingLayer):
     def __init__(self, config: DeepSeekOCRVisionSamConfig, *, index: int):
         super().__init__()
         is_global = index in config.global_attn_indexes
-        self.window_size = 0 if is_global else config.window_size
         table_size = config.image_size // config.patch_size if is_global else config.window_size
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attn = SamAttention(config, table_size=table_size)
+        self.attn = SamAttention(config, table_size=table_size, window_size=0 if is_global else config.window_size)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SamMLP(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, H, W, C] -> [B, H, W, C]
-        hidden_states = hidden_states + self._attend(self.norm1(hidden_states))
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
         return hidden_states + self.mlp(self.norm2(hidden_states))
-
-    def _attend(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, H, W, C] -> [B, H, W, C]
-        if self.window_size == 0:
-            return self.attn(hidden_states)
-        # The padding comes after the norm, and no mask hides it: padded tokens take part as keys and values that
-        # equal the qkv bias. The released weights were trained so.
-        _, height, width, _ = hidden_states.shape
-        windows = window_partition(hidden_states, self.window_size)  # [B x windows, S, S, C]
-        return window_unpartition(self.attn(windows), (height, width))
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -19,6 +19,7 @@ from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
 FEATURE_MODES = ("residual", "concat", "projected")
+IMPLEMENTATIONS = ("eager", "sdpa", "blockwise", "sdpa_folded", "sdpa_masked")
 
 # How far two ways of computing the same may be apart, relative to the spread of the values.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}

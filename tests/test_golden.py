@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import (
     GRADIENT_TOLERANCE,
+    IMPLEMENTATIONS,
     TOLERANCE,
     golden_pixels,
     golden_shapes,
@@ -45,10 +46,14 @@ def test_concat_features_are_those_of_the_released_model(golden, golden_model, s
     assert relative_error(tokens, torch.cat([golden[f"clip_{side}"][1:], golden[f"sam_{side}"]], dim=-1)) < FP32
 
 
-@pytest.mark.parametrize(("feature_mode", "side"), [("concat", 512), ("residual", 1024)])
-def test_gradients_are_those_of_the_original_code(golden, golden_model, feature_mode, side):
-    """Pins that no part of the way back is cut, scaled or approximated, down to the pixels."""
+@pytest.mark.parametrize(
+    ("feature_mode", "side", "attn_implementation"),
+    [("residual", 1024, "sdpa")] + [("concat", 512, name) for name in IMPLEMENTATIONS],
+)
+def test_gradients_are_those_of_the_original_code(golden, golden_model, feature_mode, side, attn_implementation):
+    """Pins that no part of the way back is cut, scaled or approximated, down to the pixels, on any path."""
     model = golden_model(feature_mode)
+    model.set_attn_implementation(attn_implementation)
     pixel_values = golden_pixels(side).requires_grad_()
     features = model(pixel_values).last_hidden_state
     generator = np.random.Generator(np.random.PCG64(7))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import FEATURE_MODES, TOLERANCE, pixels, relative_error, tiny_config
+from helpers import FEATURE_MODES, IMPLEMENTATIONS, TOLERANCE, pixels, relative_error, tiny_config
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
 
@@ -125,12 +125,13 @@ def test_a_row_of_nan_does_not_reach_the_other_rows(tiny_model):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("feature_mode", FEATURE_MODES)
-def test_eager_and_sdpa_agree(feature_mode, dtype):
-    """Pins that either implementation may be chosen, and that a choice after construction is followed."""
+def test_all_implementations_agree(feature_mode, dtype):
+    """Pins that any of them may be chosen, and that a choice after construction is followed."""
     model = DeepSeekOCRVisionModel(tiny_config(feature_mode=feature_mode, attn_implementation="eager")).to(dtype)
     eager = model(pixels()).last_hidden_state
-    model.set_attn_implementation("sdpa")
-    assert relative_error(model(pixels()).last_hidden_state, eager) < TOLERANCE[dtype]
+    for name in IMPLEMENTATIONS:
+        model.set_attn_implementation(name)
+        assert relative_error(model(pixels()).last_hidden_state, eager) < TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("stage", ["sam_config", "clip_config"])
