@@ -1,5 +1,5 @@
 # `make finetune` and `make test` set everything up in .venv by themselves, once.
-# PYTHON chooses the interpreter it is made with (3.11 or newer), ARGS goes to the example or to pytest.
+# PYTHON chooses the interpreter it is made with (3.11 or newer), ARGS goes to the example, pytest or benchmarks.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,8 @@ help:
 	@echo "make test       run the tests"
 	@echo "make lint       check format and style"
 	@echo "make format     mend format and style"
-	@echo "make bench      time a forward pass beside transformers' Unlimited-OCR"
+	@echo "make bench      measure time and memory beside transformers' Unlimited-OCR: outputs/benchmarks.json;"
+	@echo "                ARGS=--quick takes minutes, ARGS=--help says what there is"
 	@echo "make clean      remove .venv and what was built"
 
 finetune: $(VENV)/.train
@@ -31,7 +32,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/forward.py $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
