@@ -157,7 +157,7 @@ def test_a_process_that_is_killed_leaves_what_the_next_one_goes_on_with(tmp_path
             "json.load(open(sys.argv[1]))))"
         )
         process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "vision.json")], env=environment)
-        partial = _wait_for(tmp_path / "home", "*.incomplete", at_least=1_000_000)
+        partial = _wait_for(tmp_path / "home", ".incomplete", at_least=1_000_000)
         process.send_signal(signal.SIGKILL)
         process.wait()
         kept = partial.stat().st_size
@@ -188,15 +188,17 @@ def _large_checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def _wait_for(folder: Path, pattern: str, *, at_least: int) -> Path:
-    """The first file of that name that has grown to a size."""
+def _wait_for(folder: Path, suffix: str, *, at_least: int) -> Path:
+    """The first file whose name ends so and that has grown to a size."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
-        found = [path for path in folder.rglob(pattern) if path.stat().st_size >= at_least]
-        if found:
-            return found[0]
+        # Folders come and go meanwhile, which `Path.rglob` does not bear.
+        for place, _, names in os.walk(folder):
+            for name in names:
+                if name.endswith(suffix) and os.stat(os.path.join(place, name)).st_size >= at_least:
+                    return Path(place, name)
         time.sleep(0.001)
-    raise AssertionError(f"no {pattern} of {at_least:,} bytes within a minute")
+    raise AssertionError(f"no {suffix} of {at_least:,} bytes within a minute")
 
 
 def test_a_half_that_is_not_ours_to_go_on_with_is_fetched_anew(tmp_path, hub, released):
