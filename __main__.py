@@ -31,7 +31,7 @@ def extract(options: argparse.Namespace) -> int:
         processor.save_pretrained(partial)
         write_checksums(partial)
     num_bytes = sum(path.stat().st_size for path in options.target.iterdir())
-    dtype, num_bytes = str(model.dtype).removeprefix("torch."), sum(p.stat().st_size for p in options.target.iterdir())
+    dtype = str(model.dtype).removeprefix("torch.")
     sys.stdout.write(
         f"{options.target}: {model.num_parameters():,} parameters in {dtype}, {num_bytes / 1e9:.2f} GB, feature mode "
         f"{model.config.feature_mode!r}, preset {options.preset!r}. It loads by\n"

@@ -33,38 +33,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from composite import IMAGE_TOKEN, build_model, build_processor
 from pages import CREDIT, load_handwritten_pages, load_own_pages
 from report import Result, draw_losses, draw_predictions, format_report, format_scores, replacing, write_text
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
-    LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
 
-from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
-from deepseek_ocr_vision.configuration import preset_of
+from deepseek_ocr_vision import DeepSeekOCRVisionModel
 
 
 logger = logging.getLogger("finetune")
 
-IMAGE_TOKEN = "<image>"
 NOT_TRAINED_ON = -100  # the label that torch's cross entropy passes over
 TRAINED, FROZEN = "trained", "frozen"
 ARGUMENTS_FILE = "arguments.json"
@@ -177,144 +167,6 @@ class FinetuneArguments(TrainingArguments):
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone while training."})
     report_to: str = field(default="none", metadata={"help": "Where Trainer reports to, such as `tensorboard`."})
     seed: int = field(default=0, metadata={"help": "Decides pages, splits, new weights and the pages' order."})
-
-
-# Text and model
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each of the 256 bytes, so that it spells any text without a vocabulary."""
-    specials = ["<pad>", "<eos>", IMAGE_TOKEN]
-    vocabulary = {
-        token: index for index, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])
-    }
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        extra_special_tokens={"image_token": IMAGE_TOKEN},
-    )
-
-
-def load_tokenizer(language_model: str) -> PreTrainedTokenizerBase:
-    """A language model's own tokenizer, with a token for the picture and one for padding if it has none."""
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
-    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    if tokenizer.eos_token is None:
-        raise ValueError(f"The tokenizer of {language_model} has no `eos_token`, so reading would never end.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def build_processor(arguments: ModelArguments, *, page_size: int | None) -> LlavaProcessor:
-    """What turns pictures and text into the composite's inputs. Each `<image>` becomes as many as there are tokens."""
-    tokenizer = load_tokenizer(arguments.language_model) if arguments.language_model else byte_tokenizer()
-    config = encoder_config(arguments, page_size=page_size)
-    image_processor = build_image_processor(arguments.encoder, config, size=page_size or config.image_size)
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=config.patch_size,
-        vision_feature_select_strategy="full",
-        image_token=IMAGE_TOKEN,
-    )
-
-
-def build_image_processor(
-    encoder: str | None, config: DeepSeekOCRVisionConfig, *, size: int
-) -> DeepSeekOCRVisionImageProcessor:
-    """The image processor saved with the encoder; where there is none, the one that goes with its feature mode."""
-    if encoder is not None:
-        try:
-            return DeepSeekOCRVisionImageProcessor.from_pretrained(encoder, size=size)
-        except OSError:
-            logger.warning("%s holds no image processor; using the preset of its feature mode.", encoder)
-    return DeepSeekOCRVisionImageProcessor(preset_of(config.feature_mode), size=size)
-
-
-def encoder_config(arguments: ModelArguments, *, page_size: int | None) -> DeepSeekOCRVisionConfig:
-    """The configuration of the encoder to start from; of a new one, some 1 M parameters instead of 400."""
-    if arguments.encoder:
-        return DeepSeekOCRVisionConfig.from_pretrained(arguments.encoder)
-    page_size = page_size or 128
-    # 0.05 and not the usual 0.02: so small a model learns sooner from larger weights.
-    sam_config = {
-        "hidden_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "mlp_dim": 384,
-        "window_size": 4,
-        "global_attn_indexes": [2],
-        "output_channels": 64,
-        "downsample_channels": [96, 128],
-        "image_size": page_size,
-        "initializer_range": 0.05,
-    }
-    clip_config = {
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "grid_size": page_size // 64,
-        "initializer_range": 0.05,
-    }
-    return DeepSeekOCRVisionConfig(sam_config, clip_config)
-
-
-def text_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The configuration of the language model to start from, or of a new Llama of some 0.4 M parameters."""
-    if arguments.language_model:
-        return AutoConfig.from_pretrained(arguments.language_model)
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=2048,
-        initializer_range=0.05,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
-def build_model(arguments: ModelArguments, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """The composite: our encoder as the vision tower, a projector, and a language model.
-
-    Strategy `full` and layer -1: the encoder gives no class token to drop, and its last hidden state is its result.
-    """
-    size = processor.image_processor.size
-    language_config = text_config(arguments, processor.tokenizer)
-    config = LlavaConfig(
-        vision_config=encoder_config(arguments, page_size=size["height"]),
-        text_config=language_config,
-        image_token_index=processor.image_token_id,
-        image_seq_length=processor.image_processor.num_image_tokens(size["height"], size["width"]),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        tie_word_embeddings=language_config.tie_word_embeddings,
-    )
-    model = LlavaForConditionalGeneration(config)
-    if arguments.encoder:
-        model.model.vision_tower = DeepSeekOCRVisionModel.from_pretrained(arguments.encoder, dtype=torch.float32)
-    if arguments.language_model:
-        adopt_language_model(model, arguments.language_model, vocabulary_size=len(processor.tokenizer))
-    return model
-
-
-def adopt_language_model(model: LlavaForConditionalGeneration, checkpoint: str, *, vocabulary_size: int) -> None:
-    """Put a pretrained language model into the composite, with room for the tokens that were added."""
-    language_model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    model.model.language_model = language_model.base_model
-    model.lm_head = language_model.get_output_embeddings()
-    if vocabulary_size > language_model.config.vocab_size:
-        model.resize_token_embeddings(vocabulary_size)
-    model.tie_weights()
 
 
 # Pages to batches
@@ -485,7 +337,7 @@ def run(
         return Result.load(result_file)
     logger.info("Training with the encoder %s.", name)
     set_seed(arguments.seed)  # both runs start from the same weights
-    model = build_model(model_arguments, processor)
+    model = build_model(processor, encoder=model_arguments.encoder, language_model=model_arguments.language_model)
     start = {key: value.clone() for key, value in model.model.vision_tower.state_dict().items()}
     checkpoint = checkpoint_to_resume(folder, arguments.resume_from_checkpoint)
     if checkpoint is not None:
@@ -693,7 +545,11 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(arguments.output_dir)
     started = time.perf_counter()
 
-    processor = build_processor(model_arguments, page_size=page_arguments.page_size)
+    processor = build_processor(
+        encoder=model_arguments.encoder,
+        language_model=model_arguments.language_model,
+        page_size=page_arguments.page_size,
+    )
     page_size = processor.image_processor.size["height"]
     pages = load_pages(page_arguments, page_size=page_size, seed=arguments.seed)
     asked = what_decides_losses(arguments, page_arguments, model_arguments)

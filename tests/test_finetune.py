@@ -24,6 +24,7 @@ pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import composite  # noqa: E402
 import finetune  # noqa: E402
 import pages  # noqa: E402
 import report  # noqa: E402
@@ -158,7 +159,7 @@ def test_digits_lie_in_their_cells_without_overlap():
 
 def test_labels_are_the_text_and_its_end_alone():
     """Labels on picture tokens or padding would train the model to write those."""
-    processor = finetune.build_processor(finetune.ModelArguments(), page_size=128)
+    processor = composite.build_processor(page_size=128)
     batch = finetune.Collator(processor)(
         [{"image": Image.new("RGB", (128, 128)), "text": text} for text in ("7", "12\n3")]
     )
@@ -171,7 +172,7 @@ def test_labels_are_the_text_and_its_end_alone():
 
 def test_a_page_whose_text_names_the_image_token_is_refused():
     """Such a text would be taken for a second picture, with an error far away."""
-    processor = finetune.build_processor(finetune.ModelArguments(), page_size=128)
+    processor = composite.build_processor(page_size=128)
     with pytest.raises(ValueError, match="<image>"):
         finetune.Collator(processor)([{"image": Image.new("RGB", (128, 128)), "text": "see <image>"}])
 
@@ -179,7 +180,7 @@ def test_a_page_whose_text_names_the_image_token_is_refused():
 @pytest.mark.parametrize("text", ["0123456789\n42", "naïve café, 漢字 \t🙂"])
 def test_the_byte_tokenizer_gives_any_text_back(text):
     """A vocabulary of digits, or a decoder that tidies spaces, would silently change the user's text."""
-    tokenizer = finetune.byte_tokenizer()
+    tokenizer = composite.byte_tokenizer()
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode())
     assert tokenizer.decode(ids) == text
@@ -235,9 +236,8 @@ def test_training_changes_every_weight_of_the_encoder_and_freezing_none(finished
 
 
 def initial_encoder() -> dict[str, torch.Tensor]:
-    arguments = finetune.ModelArguments()
     finetune.set_seed(0)
-    model = finetune.build_model(arguments, finetune.build_processor(arguments, page_size=None))
+    model = composite.build_model(composite.build_processor())
     return model.model.vision_tower.state_dict()
 
 
@@ -311,8 +311,8 @@ def test_an_incomplete_checkpoint_is_passed_over(resumable, damage, name):
 def test_killed_after_the_last_checkpoint_takes_no_step_more(resumable):
     """`Trainer` takes one more step when it resumes from the last one, and the result would be another."""
     run = resumable / "frozen"
-    _, model_arguments, arguments = parse(resumable, "--resume_from_checkpoint", "true")
-    processor = finetune.build_processor(model_arguments, page_size=128)
+    _, _, arguments = parse(resumable, "--resume_from_checkpoint", "true")
+    processor = composite.build_processor(page_size=128)
     checkpoint = finetune.checkpoint_to_resume(run, "true")
     history = finetune.train(
         finetune.load_checkpoint(checkpoint),
@@ -481,7 +481,7 @@ def test_a_page_without_text_is_refused_with_its_number(folder, text):
 def test_own_pages_encoder_and_language_model_train_and_frozen_groups_stay(finished, folder, tmp_path):
     """Starting from new weights instead of the checkpoints, or training what was to be frozen, goes unnoticed."""
     language_model = tmp_path / "language_model"
-    tokenizer = finetune.byte_tokenizer()
+    tokenizer = composite.byte_tokenizer()
     finetune.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>").save_pretrained(
         language_model
     )

@@ -1,0 +1,1 @@
+"""What people train the encoder with, beside transformers' `Trainer`."""
