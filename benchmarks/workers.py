@@ -33,6 +33,8 @@ class Job:
         dtype: Of weights and pixels.
         checkpointing: Whether gradient checkpointing is on.
         compiled: Whether the encoder goes through `torch.compile`.
+        mmap_threshold: From how many bytes on glibc maps memory of its own, and gives it back at once when it is
+            freed; by default it learns a larger and larger size.
         device: `"cpu"` or `"cuda"`.
         threads: PyTorch's threads; by default as many as it takes.
         seed: Of weights and pixels.
@@ -46,6 +48,7 @@ class Job:
     dtype: str = "float32"
     checkpointing: bool = False
     compiled: bool = False
+    mmap_threshold: int | None = None
     device: str = "cpu"
     threads: int | None = None
     seed: int = 0
@@ -61,11 +64,14 @@ class Worker:
 
     def __init__(self, job: Job):
         self.job = job
+        environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        if job.mmap_threshold is not None:
+            environment["MALLOC_MMAP_THRESHOLD_"] = str(job.mmap_threshold)
         self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.workloads", json.dumps(asdict(job))],
             cwd=ROOT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+            env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
