@@ -18,6 +18,7 @@ Rows:
     profile        seconds by part, forward and backward (not by default)
     matrix         memory and time at 512, 640, 1024 and 1280 pixels by what is trained, with and without
                    checkpointing: measured where it fits, else computed (not by default; about 15 minutes)
+    composite      memory and time of a step of a LLaVA, by what is frozen (not by default; about 4 minutes)
 
 Every contestant runs in a process of its own, and only one computes at a time. Times are medians over pairs, taken in
 turn after a warm-up; peaks of memory are those of fresh processes. All have random weights of the full size. What does
@@ -40,7 +41,7 @@ from benchmarks.workers import ROOT, JobError
 
 INTERRUPTED = 130
 BUSY = 0.5  # load average above which times are no longer this tool's own
-OPTIONAL_ROWS = ("compile", "profile", "matrix")
+OPTIONAL_ROWS = ("compile", "profile", "matrix", "composite")
 QUICK = {"size": 512, "pairs": 1, "largest_measured": 512}
 
 
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--profile", action="store_true", help="also the row profile")
     add("--compile", action="store_true", help="also the row compile")
     add("--matrix", action="store_true", help="also the row matrix")
+    add("--composite", action="store_true", help="also the row composite")
     add("--all", action="store_true", help="all rows")
     add("--size", type=_page_size, help="side of the page in pixels, a multiple of 64 (default: 1024)")
     add("--pairs", type=_positive, help="rounds in which contestants take turns, after a warm-up (default: 3)")

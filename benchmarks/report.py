@@ -24,6 +24,12 @@ Results = dict[str, dict[str, Any]]
 PACKAGES = ("torch", "transformers", "torchvision", "pillow", "deepseek-ocr-encoder", "peft")
 MARKED_SIZE = 1024
 TRAINED = {"frozen": "nothing (frozen)", "clip": "CLIP only", "lora": "LoRA, rank 8", "full": "everything"}
+FROZEN = {
+    "projector": "encoder, language model",
+    "frozen": "encoder",
+    "clip": "SAM",
+    "full": "nothing",
+}
 SURFACE, INK, MUTED, BAR, OVER, MARK = "#fcfcfb", "#1f1f1e", "#6b6a66", "#2a78d6", "#e34948", "#1f1f1e"
 
 
@@ -212,6 +218,24 @@ def _matrix(results: Results) -> str:
     return "\n".join([_table(head, rows), "", text, "", _circumstances(results, ["matrix"])])
 
 
+def _composite(results: Results) -> str:
+    cells = results.get("composite", {}).get("cells", ())
+    if not cells:
+        return ""
+    rows = [
+        (
+            f"{cell['size']}",
+            FROZEN[cell["training"]],
+            f"{cell['trained'] / 1e6:,.1f}",
+            f"{cell['peak'] / 1e9:.2f}",
+            f"{cell['seconds']:.1f}",
+        )
+        for cell in cells
+    ]
+    head = ("page", "frozen", "million parameters trained", "GB", "s")
+    return "\n".join([_table(head, rows), "", _circumstances(results, ["composite"])])
+
+
 def _cell(cell: dict[str, Any], imported: int) -> tuple[str, str]:
     computed = f"{(imported + cell['computed_memory']) / 1e9:.2f}"
     if "peak" in cell:
@@ -264,7 +288,13 @@ def _circumstance(result: dict[str, Any]) -> str:
     return f"{', '.join(parts)}."
 
 
-SECTIONS = {"rows": _comparisons, "preprocessing": _preprocessing, "profile": _profile, "matrix": _matrix}
+SECTIONS = {
+    "rows": _comparisons,
+    "preprocessing": _preprocessing,
+    "profile": _profile,
+    "matrix": _matrix,
+    "composite": _composite,
+}
 """What makes the table of each section of the documentation."""
 
 

@@ -21,6 +21,8 @@ from benchmarks.workloads import LORA_RANK, WAYS, encoder_config
 OURS, THEIRS = "this package", "Unlimited-OCR"
 MATRIX_SIZES = (512, 640, 1024, 1280)
 MATRIX_TRAINING = ("frozen", "clip", "lora", "full")
+COMPOSITE_SIZES = (512, 640, 1024)
+COMPOSITE_TRAINING = ("projector", "frozen", "clip", "full")
 # What a process holds before there is a model, as long as none has been measured.
 TYPICAL_PROCESS = 800_000_000
 SPARE_MEMORY = 500_000_000
@@ -203,7 +205,7 @@ class Bench:
         return step_memory(
             self.config,
             job.size,
-            training=job.training,
+            training="frozen" if job.training == "projector" else job.training,
             checkpointing=job.checkpointing,
             value_size=2 if job.dtype in ("bfloat16", "float16") else 4,
             batch_size=job.batch_size,
@@ -212,7 +214,7 @@ class Bench:
     def estimated_peak(self, job: Job) -> int:
         """The formula's peak, and what an attention that keeps its logits takes on top of it."""
         peak = self.estimate(job).peak
-        if job.contestant == "project" and not job.compiled:
+        if job.contestant in ("project", "composite") and not job.compiled:
             return peak
         kept = logits_memory(self.config, job.size) * job.batch_size
         # Without gradients only one block's are there at a time.
@@ -222,6 +224,7 @@ class Bench:
 def describe(job: Job) -> str:
     """What a job's step is, in words."""
     steps = {
+        "projector": "only the projector trained",
         "nothing": "forward under no_grad",
         "frozen": "frozen encoder and trained projector",
         "clip": "CLIP trained",
@@ -467,6 +470,16 @@ def matrix(bench: Bench, result: dict[str, Any]) -> None:
         _compute_times(cells)
 
 
+def composite(bench: Bench, result: dict[str, Any]) -> None:
+    """Memory and time of a step of a LLaVA around the encoder, by what is frozen."""
+    cells = result["cells"] = []
+    for size in (128, 256) if bench.settings.tiny else COMPOSITE_SIZES:
+        for training in COMPOSITE_TRAINING:
+            peak = bench.peak(bench.job(contestant="composite", size=size, training=training))
+            kept = {key: peak[key] for key in ("seconds", "peak", "imported", "trained")}
+            cells.append({"size": size, "training": training} | kept)
+
+
 def _computed_cell(bench: Bench, job: Job) -> dict[str, Any]:
     cell = {key: value for key, value in asdict(job).items() if key in ("size", "training", "checkpointing")}
     cell["operations"] = step_operations(
@@ -497,4 +510,5 @@ ROWS: dict[str, Callable[[Bench, dict[str, Any]], None]] = {
     "compile": compile_,
     "profile": profile,
     "matrix": matrix,
+    "composite": composite,
 }

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 
-Contestant = Literal["project", "unlimited-ocr", "deepseek-ocr-encoder", "preprocessing"]
-Training = Literal["nothing", "frozen", "clip", "lora", "full"]
+Contestant = Literal["project", "unlimited-ocr", "deepseek-ocr-encoder", "composite", "preprocessing"]
+Training = Literal["nothing", "projector", "frozen", "clip", "lora", "full"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Job:
     """What a process builds, and what a step of it is.
 
     Attributes:
-        contestant: Whose encoder; `"preprocessing"` builds none.
+        contestant: Whose encoder; `"composite"`: ours in a LLaVA; `"preprocessing"` builds none.
         training: `"nothing"`: a forward pass under `no_grad`. Otherwise forward and backward, with gradients for a
-            projector behind the frozen encoder, for CLIP, for adapters of rank 8, or for all parameters.
+            projector behind the frozen encoder, for CLIP, for adapters of rank 8, or for all parameters. In a
+            composite, also for all behind the encoder; `"projector"` freezes the language model as well.
         size: Side of the page in pixels, a multiple of 64.
         batch_size: Pages a step.
         dtype: Of weights and pixels.

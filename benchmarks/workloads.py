@@ -50,6 +50,22 @@ TINY_CLIP = {
 }
 INITIALIZER_RANGE = 0.02
 PROJECTOR_WIDTH = 1280
+# The language model of the composite: of 0.12 billion parameters.
+LANGUAGE_MODEL = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "vocab_size": 8192,
+}
+TINY_LANGUAGE_MODEL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
+NUM_TEXT_TOKENS = 128
 PAGE_PICTURE = (1000, 1400)  # width and height of the pages that preprocessing reads
 NUM_PRODUCTS = 5
 WARM_UP_SIZE = 128
@@ -109,6 +125,28 @@ def deepseek_ocr_encoder(job: Job) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda pixel_values: encoder._forward_core(pixel_values.to(memory_format=torch.channels_last))
 
 
+def composite(job: Job) -> nn.Module:
+    """transformers' LLaVA: our encoder, a projector, and a Llama."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text_config = LlamaConfig(**(TINY_LANGUAGE_MODEL if job.tiny else LANGUAGE_MODEL))
+    config = LlavaConfig(
+        vision_config=encoder_config(tiny=job.tiny),
+        text_config=text_config,
+        image_token_index=text_config.vocab_size - 1,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    # Its frequencies are computed when it is built; what is drawn are weights.
+    text_model = model.model.language_model
+    rotary, text_model.rotary_emb = type(text_model.rotary_emb), nn.Identity()
+    model = with_drawn_weights(model, job)
+    text_model.rotary_emb = rotary(text_config).to(job.device)
+    return model
+
+
 class TensorOutput(nn.Module):
     """A module whose output object is reduced to its tensor, as DeepSeek's own modules give it."""
 
@@ -120,7 +158,12 @@ class TensorOutput(nn.Module):
         return self.module(**{self.argument: hidden_states}).last_hidden_state
 
 
-CONTESTANTS = {"project": project, "unlimited-ocr": unlimited_ocr, "deepseek-ocr-encoder": deepseek_ocr_encoder}
+CONTESTANTS = {
+    "project": project,
+    "unlimited-ocr": unlimited_ocr,
+    "deepseek-ocr-encoder": deepseek_ocr_encoder,
+    "composite": composite,
+}
 
 
 def with_drawn_weights(model: nn.Module, job: Job) -> nn.Module:
@@ -179,7 +222,7 @@ class Workload:
             return model
         prepare_training(model, job.training)
         model.train(job.training != "nothing")
-        if job.training == "frozen":
+        if job.training == "frozen" and job.contestant == "project":
             kind = {"dtype": getattr(torch, job.dtype), "device": job.device}
             self.projector = nn.Linear(model.config.hidden_size, PROJECTOR_WIDTH, **kind)
         if job.checkpointing:
@@ -209,15 +252,29 @@ class Workload:
             with torch.no_grad():
                 self.model(pixel_values)
         else:
-            tokens = self.model(pixel_values).last_hidden_state
-            if self.projector is not None:
-                tokens = self.projector(tokens)
-            tokens.float().square().mean().backward()
+            self._loss(pixel_values).backward()
         synchronize(self.job.device)
         seconds = time.perf_counter() - start
         if self.job.training != "nothing":
             self._release()
         return {"seconds": seconds}
+
+    def _loss(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.job.contestant == "composite":
+            input_ids = self._text(pixel_values)
+            return self.model(pixel_values=pixel_values, input_ids=input_ids, labels=input_ids).loss
+        tokens = self.model(pixel_values).last_hidden_state
+        if self.projector is not None:
+            tokens = self.projector(tokens)
+        return tokens.float().square().mean()
+
+    def _text(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What a composite reads: the placeholders of a page, and text after them."""
+        config = self.model.config
+        num_image_tokens = pixel_values.shape[-1] // 64 * (pixel_values.shape[-2] // 64)
+        text = torch.arange(NUM_TEXT_TOKENS, device=pixel_values.device) % config.image_token_id
+        page = torch.full((num_image_tokens,), config.image_token_id, device=pixel_values.device)
+        return torch.cat([page, text]).repeat(len(pixel_values), 1)
 
     def _release(self) -> None:
         """Drop the gradients, and give freed memory back: another process may be the next to need it."""
@@ -266,18 +323,19 @@ class Workload:
 
 def prepare_training(model: nn.Module, training: str) -> None:
     """Say which parameters get a gradient."""
-    if training == "full":
-        model.requires_grad_()
-    elif training == "clip":
-        model.freeze("sam")
+    encoder = model.model.vision_tower if hasattr(model, "lm_head") else model
+    model.requires_grad_(training in ("full", "clip"))
+    if training == "clip":
+        encoder.freeze("sam")
     elif training == "lora":
         from peft import LoraConfig, inject_adapter_in_model
 
-        model.requires_grad_(False)
         adapters = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=["qkv", "qkv_proj"])
-        inject_adapter_in_model(adapters, model)
-    else:
-        model.requires_grad_(False)
+        inject_adapter_in_model(adapters, encoder)
+    if model is not encoder:
+        model.model.multi_modal_projector.requires_grad_()
+        for module in (model.model.language_model, model.lm_head):
+            module.requires_grad_(training != "projector")
 
 
 def synchronize(device: str) -> None:

@@ -22,7 +22,7 @@ from benchmarks import report, rows
 from benchmarks.memory import step_memory
 from benchmarks.operations import PARTS, forward_operations, step_operations
 from benchmarks.workers import Job, JobError, Worker
-from benchmarks.workloads import prepare_training, unlimited_ocr
+from benchmarks.workloads import Workload, prepare_training, unlimited_ocr
 
 
 # The formula leaves out what is no part of a block: position tables, index tensors, the row for the windows' padding.
@@ -223,3 +223,27 @@ def test_the_tool_measures_a_tiny_encoder_from_end_to_end(tmp_path, monkeypatch,
     assert {"torch", "transformers", "python"} <= result["environment"]["versions"].keys()
     assert "| forward, float32: time |" in capsys.readouterr().out
     assert output.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("training", "parts"),
+    [
+        ("projector", ("multi_modal_projector",)),
+        ("frozen", ("multi_modal_projector", "language_model", "lm_head")),
+        ("clip", ("vision_tower.vision_model", "multi_modal_projector", "language_model", "lm_head")),
+        ("full", ("vision_tower", "multi_modal_projector", "language_model", "lm_head")),
+    ],
+)
+def test_a_step_of_the_composite_trains_what_its_row_says(training, parts):
+    """Pins the table of composites: what is frozen there, and that a step reaches everything else."""
+    workload = Workload(Job(contestant="composite", training=training, size=128, tiny=True))
+    loss = workload._loss(workload.pixel_values)
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in workload.model.named_parameters():
+        expected = any(f".{part}." in f".{name}" for part in parts)
+        assert (parameter.grad is not None) == expected, name
+    peak = {"size": 128, "training": training, "peak": 3e9, "seconds": 2.0, "imported": 1}
+    results = results_of()
+    results["composite"] = results.pop("forward") | {"cells": [peak | {"trained": workload.about()["trained"]}]}
+    assert f"| 128 | {report.FROZEN[training]} |" in report.tables(results)["composite"]
