@@ -187,16 +187,23 @@ def how_equal(check: dict) -> str:
 
 
 def draw_losses(results: list[Result], path: Path) -> None:
-    """Draw both runs' losses over the steps: thin on training batches, with dots on held-out pages."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    """Draw the losses of all runs over the steps, thin on training batches and with dots on held-out pages, and below
+    them the learning rate.
+    """
+    figure = Figure(figsize=(7, 5.4), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for result, color in zip(results, COLORS, strict=False):
-        axes.plot(*result.curve("loss"), color=color, alpha=0.45, label=f"encoder {result.name}, training pages")
-        axes.plot(*result.curve("eval_loss"), "o-", color=color, ms=4, label=f"encoder {result.name}, held-out pages")
-    axes.set(xlabel="step", ylabel="cross entropy, nats a token", yscale="log")
-    axes.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
-    axes.grid(which="both", alpha=0.2)
-    axes.legend(frameon=False, fontsize="small")
+        run = f"encoder {result.name}"
+        losses.plot(*result.curve("loss"), color=color, alpha=0.45, label=f"{run}, training pages")
+        losses.plot(*result.curve("eval_loss"), "o-", color=color, ms=4, label=f"{run}, held-out pages")
+        rates.plot(*result.curve("learning_rate"), color=color)
+    losses.set(ylabel="cross entropy, nats a token", yscale="log")
+    losses.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
+    losses.grid(which="both", alpha=0.2)
+    losses.legend(frameon=False, fontsize="small")
+    rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rates.grid(alpha=0.2)
     save_figure(figure, path)
 
 
