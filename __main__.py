@@ -1,10 +1,11 @@
 """The command line: `deepseek-ocr-vision COMMAND`, or `python -m deepseek_ocr_vision COMMAND`.
 
-Thin over the package: `extract` is `from_deepseek_ocr`, `write-back` is `write_deepseek_ocr`, `upload` is
-`hub_upload`.
+Thin over the package: `extract` is `from_deepseek_ocr`, `write-back` is `write_deepseek_ocr`, `show` is
+`visualize.draw_sheet`, `upload` is `hub_upload`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisi
 from deepseek_ocr_vision.configuration.checksums_deepseek_ocr_vision import write_checksums
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
 from deepseek_ocr_vision.modeling.weights import check_checkpoint, in_one_step
+from deepseek_ocr_vision.visualize import draw_sheet, view_page
+from deepseek_ocr_vision.visualize.pages import require_picture_suffix, save_picture
 
 
 FAILED, INTERRUPTED = 1, 130
@@ -56,6 +59,39 @@ def verify(options: argparse.Namespace) -> int:
     return 0
 
 
+def show(options: argparse.Namespace) -> int:
+    """Draw a sheet of what the encoder sees for each page."""
+    targets = _sheets(options.pages, options.out)
+    model = DeepSeekOCRVisionModel.from_pretrained(options.model, dtype="auto")
+    for page, target in zip(options.pages, targets, strict=True):
+        view = view_page(model, page)
+        title = f"{page.name}: {view.grid[0]} x {view.grid[1]} tokens of {options.model}"
+        save_picture(draw_sheet(view, options.token, layer=options.layer, title=title), target)
+        sys.stdout.write(f"{target}\n")
+    return 0
+
+
+def _sheets(pages: Sequence[Path], out: str | None) -> list[Path]:
+    """Where the sheet of each page goes; whatever can be wrong about pages and places is found before any work."""
+    for page in pages:
+        if not page.is_file():
+            raise FileNotFoundError(f"There is no page {page}.")
+    is_folder = out is None or len(pages) > 1 or out.endswith(("/", os.sep)) or Path(out).is_dir()
+    targets = [Path(out or ".") / f"{page.stem}-sheet.png" for page in pages] if is_folder else [Path(out)]
+    for index, target in enumerate(targets):
+        require_picture_suffix(target)
+        if target in targets[:index]:
+            raise ValueError(
+                f"Two pages have one name; they would be written to {target} twice. Show them one by one."
+            )
+    return targets
+
+
+def _token(text: str) -> tuple[int, int]:
+    row, column = text.split(",")
+    return int(row), int(column)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -77,12 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepseek-ocr-vision",
         description="The DeepSeek-OCR vision encoder: its weights out of a released checkpoint, back into one, and "
-        "onto the Hub. Each command has its own --help.",
+        "onto the Hub, and what it sees on a page. Each command has its own --help.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_extract(commands)
     _add_write_back(commands)
     _add_verify(commands)
+    _add_show(commands)
     upload = commands.add_parser("upload", help="publish an encoder on the Hub", **hub_upload.HELP)
     hub_upload.add_arguments(upload)
     upload.set_defaults(run=hub_upload.run)
@@ -137,6 +174,33 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("folder", type=Path, help="the encoder's checkpoint, or a released one")
     parser.set_defaults(run=verify)
+
+
+def _add_show(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "show",
+        help="draw what an encoder sees on a page",
+        description="Draw a sheet for each page: its tokens as colours, and of one token what is similar, what it "
+        "attends to, and the pixels that it depends on. Needs matplotlib (extra `train`).",
+        epilog="deepseek-ocr-vision show page.png --model encoder --token 3,5",
+    )
+    parser.add_argument("pages", nargs="+", type=Path, metavar="page", help="picture file")
+    parser.add_argument("--model", required=True, help="the encoder: folder or Hub id")
+    parser.add_argument(
+        "--out",
+        help="picture file to write or, for several pages, a folder; what is there is replaced (default: "
+        "NAME-sheet.png here)",
+    )
+    parser.add_argument(
+        "--token",
+        type=_token,
+        metavar="ROW,COL",
+        help="which token, from 0,0 at the top left (default: the one with the most on its square)",
+    )
+    parser.add_argument(
+        "--layer", type=int, default=-1, help="which CLIP layer's attention, from 0, or from -1 back (default: last)"
+    )
+    parser.set_defaults(run=show)
 
 
 def _add_hub_options(parser: argparse.ArgumentParser) -> None:
