@@ -186,9 +186,9 @@ def test_chinese_breaks_anywhere_but_before_closing_punctuation(wide_font):
 
 def test_marks_stay_with_their_letter_when_a_word_is_broken():
     """Pins an accent alone at the beginning of a line."""
-    font = matplotlib_font("DejaVuSans.ttf")
+    font = matplotlib_font("DejaVuSansMono.ttf")  # in which marks are as wide as letters
     letter = "x\u0323"  # no single character is both
-    broken = lines(letter * 60, font=font)
+    broken = lines(letter * 60, font=font, margin=4)
     assert len(broken) > 2
     assert all(len(line) % 2 == 0 and line[0] == "x" for line in broken)
 
