@@ -6,6 +6,7 @@ tokenizer of bytes, so that an example shows something in minutes on a laptop.
 
 import logging
 
+import jinja2
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -28,6 +29,24 @@ from deepseek_ocr_vision.configuration import preset_of
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
+
+# A conversation for a language model that has no chat template of its own.
+SIMPLE_CHAT = """{% for message in messages %}
+{{ "" if loop.first else "\n" }}{{ message["role"] }}: {{ message["content"] }}
+{%- if message["role"] == "assistant" %}{{ eos_token }}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}{{ "\n" }}assistant:{% endif %}"""
+# In front of a chat template that only knows text: pictures become image tokens in it.
+PICTURES_AS_TEXT = """{% set flat = namespace(messages=[], text="") %}
+{% for message in messages %}
+{% set flat.text = message["content"] if message["content"] is string else "" %}
+{% for part in ([] if message["content"] is string else message["content"] or []) %}
+{% set flat.text = flat.text + ("IMAGE_TOKEN" if part["type"] == "image" else part["text"]) %}
+{% endfor %}
+{% set flat.messages = flat.messages + [dict(message, content=flat.text)] %}
+{% endfor %}
+{% set messages = flat.messages %}
+""".replace("IMAGE_TOKEN", IMAGE_TOKEN)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -58,11 +77,30 @@ def load_tokenizer(language_model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's own chat template if it can hold pictures, or made to; the simple one where there is none."""
+    own = tokenizer.get_chat_template() if tokenizer.chat_template else SIMPLE_CHAT
+    candidates = (own, PICTURES_AS_TEXT + own, PICTURES_AS_TEXT + SIMPLE_CHAT)
+    return next(template for template in candidates if holds_pictures(tokenizer, template))
+
+
+def holds_pictures(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a chat template writes an image token where a message has a picture."""
+    probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    try:
+        written = tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)
+    except (jinja2.TemplateError, TypeError):  # of a template that joins strings
+        return False
+    return written.count(IMAGE_TOKEN) == 1 and "What is this?" in written
+
+
 def build_processor(
     *, encoder: str | None = None, language_model: str | None = None, page_size: int | None = None
 ) -> LlavaProcessor:
     """What turns pictures and text into the composite's inputs. Each `<image>` becomes as many as there are tokens."""
     tokenizer = load_tokenizer(language_model) if language_model else byte_tokenizer()
+    tokenizer.padding_side = "left"  # `generate` goes on at the right; who trains chooses a side for itself
+    tokenizer.chat_template = chat_template(tokenizer)
     config = encoder_config(encoder, page_size=page_size)
     image_processor = build_image_processor(encoder, config, size=page_size or config.image_size)
     return LlavaProcessor(
@@ -70,6 +108,7 @@ def build_processor(
         tokenizer=tokenizer,
         patch_size=config.patch_size,
         vision_feature_select_strategy="full",
+        chat_template=tokenizer.chat_template,
         image_token=IMAGE_TOKEN,
     )
 
@@ -134,7 +173,11 @@ def text_config(language_model: str | None, tokenizer: PreTrainedTokenizerBase) 
 
 
 def build_model(
-    processor: LlavaProcessor, *, encoder: str | None = None, language_model: str | None = None
+    processor: LlavaProcessor,
+    *,
+    encoder: str | None = None,
+    language_model: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LlavaForConditionalGeneration:
     """The composite: our encoder as the vision tower, a projector, and a language model.
 
@@ -151,19 +194,36 @@ def build_model(
         vision_feature_select_strategy="full",
         tie_word_embeddings=language_config.tie_word_embeddings,
     )
-    model = LlavaForConditionalGeneration(config)
+    if encoder is None and language_model is None:
+        return LlavaForConditionalGeneration(config).to(dtype)
+    return join_checkpoints(config, processor, encoder=encoder, language_model=language_model, dtype=dtype)
+
+
+def join_checkpoints(
+    config: LlavaConfig,
+    processor: LlavaProcessor,
+    *,
+    encoder: str | None,
+    language_model: str | None,
+    dtype: torch.dtype,
+) -> LlavaForConditionalGeneration:
+    """Put pretrained parts into a composite; what neither of them has, such as the projector, is drawn anew."""
+    weights, generation_config = {}, None
     if encoder:
-        model.model.vision_tower = DeepSeekOCRVisionModel.from_pretrained(encoder, dtype=torch.float32)
+        tower = DeepSeekOCRVisionModel.from_pretrained(encoder, dtype=dtype)
+        weights |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     if language_model:
-        adopt_language_model(model, language_model, vocabulary_size=len(processor.tokenizer))
+        causal = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+        base = causal.base_model.state_dict()
+        weights |= {f"model.language_model.{name}": tensor for name, tensor in base.items()}
+        weights["lm_head.weight"] = causal.get_output_embeddings().weight
+        generation_config = causal.generation_config
+    # The tensors are taken as they are, so a language model is in memory once, and nothing of its size is drawn.
+    model = LlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    model.config.name_or_path = model.name_or_path = ""  # transformers writes the text "None"
+    if len(processor.tokenizer) > config.text_config.vocab_size:
+        model.resize_token_embeddings(len(processor.tokenizer))
+    if generation_config is not None:
+        model.generation_config = generation_config
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
-
-
-def adopt_language_model(model: LlavaForConditionalGeneration, checkpoint: str, *, vocabulary_size: int) -> None:
-    """Put a pretrained language model into the composite, with room for the tokens that were added."""
-    language_model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    model.model.language_model = language_model.base_model
-    model.lm_head = language_model.get_output_embeddings()
-    if vocabulary_size > language_model.config.vocab_size:
-        model.resize_token_embeddings(vocabulary_size)
-    model.tie_weights()

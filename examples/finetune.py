@@ -51,11 +51,11 @@ from transformers import (
 )
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.training.collator import ImageTextCollator
 
 
 logger = logging.getLogger("finetune")
 
-NOT_TRAINED_ON = -100  # the label that torch's cross entropy passes over
 TRAINED, FROZEN = "trained", "frozen"
 ARGUMENTS_FILE = "arguments.json"
 PRODUCTS = (TRAINED, FROZEN, "composite", "encoder", "report.md", "loss.png", "predictions.png")
@@ -172,27 +172,13 @@ class FinetuneArguments(TrainingArguments):
 # Pages to batches
 
 
-@dataclass
-class Collator:
-    """Makes a batch of pages: the picture, the text to write after it, and the labels, which are that text alone."""
-
-    processor: LlavaProcessor
+class Collator(ImageTextCollator):
+    """Makes a batch of pages: the picture, and the text to write after it, which alone is trained on."""
 
     def __call__(self, pages: list[dict]) -> dict[str, torch.Tensor]:
         """Give `pixel_values` [B, 3, H, W], `input_ids`, `attention_mask` and `labels` [B, L]."""
-        texts = [self.as_input(page["text"]) for page in pages]
-        images = [page["image"] for page in pages]
-        batch = self.processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
-        is_image = batch["input_ids"] == self.processor.image_token_id  # [B, L]
-        is_prompt = is_image.flip(1).cumsum(1).flip(1) > 0  # everything up to the last image token
-        not_text = is_prompt | (batch["attention_mask"] == 0)
-        return {**batch, "labels": batch["input_ids"].masked_fill(not_text, NOT_TRAINED_ON)}
-
-    def as_input(self, text: str) -> str:
-        """A picture, its text, the end."""
-        if IMAGE_TOKEN in text:
-            raise ValueError(f"A page's text holds {IMAGE_TOKEN!r}, which stands for the picture: {text!r}.")
-        return f"{IMAGE_TOKEN}{text}{self.processor.tokenizer.eos_token}"
+        samples = [{"image": page["image"], "prompt": IMAGE_TOKEN, "answer": page["text"]} for page in pages]
+        return super().__call__(samples)
 
 
 # Training

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, LlamaConfig, LlavaForConditionalGeneration
 
+from deepseek_ocr_vision.training.collator import NOT_TRAINED_ON
+
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("sklearn")
@@ -165,7 +167,7 @@ def test_labels_are_the_text_and_its_end_alone():
     )
     eos = processor.tokenizer.eos_token_id
     for row, text in zip(batch["labels"], ("7", "12\n3"), strict=True):
-        kept = row[row != finetune.NOT_TRAINED_ON].tolist()
+        kept = row[row != NOT_TRAINED_ON].tolist()
         assert kept == [*processor.tokenizer(text)["input_ids"], eos]
     assert (batch["input_ids"][0] == processor.image_token_id).sum() == 4
 
@@ -482,7 +484,7 @@ def test_own_pages_encoder_and_language_model_train_and_frozen_groups_stay(finis
     """Starting from new weights instead of the checkpoints, or training what was to be frozen, goes unnoticed."""
     language_model = tmp_path / "language_model"
     tokenizer = composite.byte_tokenizer()
-    finetune.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>").save_pretrained(
+    composite.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>").save_pretrained(
         language_model
     )
     config = LlamaConfig(
