@@ -18,6 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -29,6 +30,7 @@ from deepseek_ocr_vision.configuration import preset_of
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
+PADDING_SIDE = "left"  # `generate` goes on at the right; who trains chooses a side for itself
 
 # A conversation for a language model that has no chat template of its own.
 SIMPLE_CHAT = """{% for message in messages %}
@@ -62,13 +64,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",
+        padding_side=PADDING_SIDE,
         extra_special_tokens={"image_token": IMAGE_TOKEN},
     )
 
 
 def load_tokenizer(language_model: str) -> PreTrainedTokenizerBase:
     """A language model's own tokenizer, with a token for the picture and one for padding if it has none."""
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side=PADDING_SIDE)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.eos_token is None:
         raise ValueError(f"The tokenizer of {language_model} has no `eos_token`, so reading would never end.")
@@ -99,7 +102,6 @@ def build_processor(
 ) -> LlavaProcessor:
     """What turns pictures and text into the composite's inputs. Each `<image>` becomes as many as there are tokens."""
     tokenizer = load_tokenizer(language_model) if language_model else byte_tokenizer()
-    tokenizer.padding_side = "left"  # `generate` goes on at the right; who trains chooses a side for itself
     tokenizer.chat_template = chat_template(tokenizer)
     config = encoder_config(encoder, page_size=page_size)
     image_processor = build_image_processor(encoder, config, size=page_size or config.image_size)
@@ -208,22 +210,36 @@ def join_checkpoints(
     dtype: torch.dtype,
 ) -> LlavaForConditionalGeneration:
     """Put pretrained parts into a composite; what neither of them has, such as the projector, is drawn anew."""
-    weights, generation_config = {}, None
+    weights = {}
     if encoder:
         tower = DeepSeekOCRVisionModel.from_pretrained(encoder, dtype=dtype)
         weights |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
-    if language_model:
-        causal = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+    causal = load_language_model(language_model, dtype=dtype) if language_model else None
+    if causal:
         base = causal.base_model.state_dict()
         weights |= {f"model.language_model.{name}": tensor for name, tensor in base.items()}
         weights["lm_head.weight"] = causal.get_output_embeddings().weight
-        generation_config = causal.generation_config
     # The tensors are taken as they are, so a language model is in memory once, and nothing of its size is drawn.
     model = LlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     model.config.name_or_path = model.name_or_path = ""  # transformers writes the text "None"
     if len(processor.tokenizer) > config.text_config.vocab_size:
         model.resize_token_embeddings(len(processor.tokenizer))
-    if generation_config is not None:
-        model.generation_config = generation_config
+    if causal:
+        model.generation_config = causal.generation_config  # it may know more ends of a turn than one
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
+
+
+def load_language_model(checkpoint: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A pretrained language model.
+
+    Raises:
+        ValueError: LLaVA cannot hold it: it only ties embeddings that go by the name that Llama gives them.
+    """
+    causal = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    if causal.config.tie_word_embeddings and not hasattr(causal.base_model, "embed_tokens"):
+        raise ValueError(
+            f"The language model {checkpoint} is a {type(causal).__name__}, whose output is tied to its input "
+            "embeddings; LLaVA ties these only where they are called `embed_tokens`, as in Llama and Qwen."
+        )
+    return causal
