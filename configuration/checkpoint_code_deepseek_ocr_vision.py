@@ -21,7 +21,7 @@ PACKAGE = "deepseek_ocr_vision"
 CHECKSUMS = "SHA256SUMS"
 IN_PACKAGE = __name__.startswith(f"{PACKAGE}.")
 FLAT_CODE = {
-    "configuration": ("configuration", "checkpoint_code", "checksums", "presets"),
+    "configuration": ("configuration", "checkpoint_code", "checksums", "presets", "saving"),
     "modeling": ("modeling", "loading", "sam", "clip", "base", "attention"),
     "processing": ("processing", "image_processing", "pictures"),
 }
@@ -104,7 +104,6 @@ def checkpoint_code(save_directory: str | os.PathLike, *parts: Any) -> Iterator[
     Raises:
         NotADirectoryError: `save_directory` is a file.
     """
-    # Before anything is saved: with `push_to_hub=True` transformers uploads whatever it finds when it is done.
     if IN_PACKAGE:
         stage_code(save_directory)
     # They are those of the files that are about to be replaced.

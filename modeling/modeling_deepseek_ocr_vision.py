@@ -24,6 +24,7 @@ from ..configuration.checkpoint_code_deepseek_ocr_vision import (
 from ..configuration.checksums_deepseek_ocr_vision import verify_checksums as verify_folder
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
 from ..configuration.presets_deepseek_ocr_vision import preset_of, require_preset
+from ..configuration.saving_deepseek_ocr_vision import save_whole
 from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel, without_drawing
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import check_loading_info
@@ -235,14 +236,35 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
         write = package_module("modeling.weights").write_deepseek_ocr
         return write(self, base, target, revision=revision, token=token, cache_dir=cache_dir)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ):
         """Save as transformers does, with the code that loads the folder where this package is not installed.
+
+        An interruption at any point is harmless: see `save_whole`. Only what all processes write together, with
+        `distributed_checkpoint`, goes straight into the folder.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: Whether this process is the one that writes; the others only take part.
+            state_dict: Weights to save in place of the model's own.
+            push_to_hub: Whether to upload the folder as well.
+            kwargs: As in transformers.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
+            OSError: The folder cannot be written to, or the disk is full.
         """
-        with checkpoint_code(save_directory):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+        save, kwargs = super().save_pretrained, kwargs | {"is_main_process": is_main_process, "state_dict": state_dict}
+        if kwargs.get("distributed_checkpoint"):
+            with checkpoint_code(save_directory):
+                return save(save_directory, push_to_hub=push_to_hub, **kwargs)
+        return save_whole(self, save, save_directory, publish=is_main_process, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def initializer_range(self) -> float:

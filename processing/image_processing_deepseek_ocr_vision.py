@@ -17,8 +17,9 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from ..configuration.checkpoint_code_deepseek_ocr_vision import checkpoint_code, package_module
+from ..configuration.checkpoint_code_deepseek_ocr_vision import package_module
 from ..configuration.presets_deepseek_ocr_vision import PRESETS, require_preset
+from ..configuration.saving_deepseek_ocr_vision import save_whole
 from .pictures_deepseek_ocr_vision import fetch_pictures, named_pictures, read_picture
 
 
@@ -281,14 +282,22 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         fields = super().to_dict()
         return fields | {"processor_class": "DeepSeekOCRVisionProcessor"} if "auto_map" in fields else fields
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Save as transformers does, with the code that loads the folder where this package is not installed.
+
+        An interruption at any point is harmless: see `save_whole`.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Whether to upload it as well.
+            kwargs: As in transformers.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
+            OSError: The folder cannot be written to, or the disk is full.
         """
-        with checkpoint_code(save_directory, self):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+        save = super().save_pretrained
+        return save_whole(self, save, save_directory, self, push_to_hub=push_to_hub, **kwargs)
 
     def _with(self, overrides: dict[str, Any]) -> "DeepSeekOCRVisionImageProcessor":
         """This image processor with some fields replaced; all are validated again, as they may have been set since."""

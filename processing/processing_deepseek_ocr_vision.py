@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
-from ..configuration.checkpoint_code_deepseek_ocr_vision import checkpoint_code
+from ..configuration.saving_deepseek_ocr_vision import save_whole
 from .image_processing_deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor
 
 
@@ -78,15 +78,23 @@ class DeepSeekOCRVisionProcessor(ProcessorMixin):
             raise ValueError(f"{twice} are given twice: by themselves and inside `images_kwargs`.")
         return self.image_processor(images, **(options[0] | options[1] | options[2]))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Save as transformers does, with the code that loads the folder where this package is not installed.
+
+        An interruption at any point is harmless: see `save_whole`.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Whether to upload it as well.
+            kwargs: As in transformers.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
+            OSError: The folder cannot be written to, or the disk is full.
         """
         parts = [part for part in (self, self.image_processor) if hasattr(part, "code_entries")]
-        with checkpoint_code(save_directory, *parts):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+        save = super().save_pretrained
+        return save_whole(self, save, save_directory, *parts, push_to_hub=push_to_hub, **kwargs)
 
 
 __all__ = ["DeepSeekOCRVisionProcessor"]

@@ -85,17 +85,33 @@ def open_local(source: str | os.PathLike) -> LocalCheckpoint:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    folder, index = (path, None) if path.is_dir() else (path.parent, None)
-    if not path.is_dir():
-        files = (path.name,)
-    elif (folder / SAFE_WEIGHTS_NAME).is_file():
-        files = (SAFE_WEIGHTS_NAME,)
-    elif (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        index = read_index(folder / SAFE_WEIGHTS_INDEX_NAME)
+    folder = path if path.is_dir() else path.parent
+    config = read_config(folder / CONFIG)
+    index = None
+    name = _weights_name(folder, config) if path.is_dir() else path.name
+    if name is None:
+        files = _files_without_index(folder)
+    elif name.endswith(SAFE_WEIGHTS_INDEX_NAME):
+        index = read_index(folder / name)
         files = tuple(dict.fromkeys(index.values()))
     else:
-        files = _files_without_index(folder)
-    return LocalCheckpoint(folder, files, _tensors(folder, files, index), read_config(folder / CONFIG))
+        files = (name,)
+    return LocalCheckpoint(folder, files, _tensors(folder, files, index), config)
+
+
+def _weights_name(folder: Path, config: dict[str, Any]) -> str | None:
+    """The file of weights, or the index, that transformers loads; `None` if there is neither.
+
+    The configuration names one while a save into the folder is not finished.
+    """
+    named = config.get("transformers_weights")
+    if named is not None:
+        if not _is_name(named):
+            raise ValueError(
+                f"{folder / CONFIG} names {named!r} as `transformers_weights`, no file beside it; refused."
+            )
+        return named
+    return next((name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if (folder / name).is_file()), None)
 
 
 def _files_without_index(folder: Path) -> tuple[str, ...]:
@@ -138,11 +154,14 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} is corrupt: it has no `weight_map`.")
     for file in weight_map.values():
-        # Both kinds of slash: what is a name here may be a path elsewhere.
-        is_name = isinstance(file, str) and not set(file) & set("/\\\0:") and not file.startswith(".")
-        if not is_name or not file.endswith(".safetensors"):
+        if not _is_name(file) or not file.endswith(".safetensors"):
             raise ValueError(f"{path} names {file!r}, which is no safetensors file in the same folder; refused.")
     return weight_map
+
+
+def _is_name(file: Any) -> bool:
+    # Both kinds of slash: what is a name here may be a path elsewhere.
+    return isinstance(file, str) and not set(file) & set("/\\\0:") and not file.startswith(".")
 
 
 def read_config(path: Path) -> dict[str, Any]:
