@@ -22,8 +22,8 @@ CHECKSUMS = "SHA256SUMS"
 IN_PACKAGE = __name__.startswith(f"{PACKAGE}.")
 FLAT_CODE = {
     "configuration": ("configuration", "checkpoint_code", "checksums", "presets", "saving"),
-    "modeling": ("modeling", "loading", "sam", "clip", "base", "attention"),
-    "processing": ("processing", "image_processing", "pictures"),
+    "modeling": ("modeling", "sequence", "loading", "sam", "clip", "base", "attention"),
+    "processing": ("processing", "image_processing", "pictures", "tiles"),
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek_ocr_vision.DeepSeekOCRVisionConfig",

@@ -14,7 +14,7 @@ from .checkpoint_code_deepseek_ocr_vision import IN_PACKAGE
 from .saving_deepseek_ocr_vision import save_whole
 
 
-FeatureMode = Literal["residual", "concat", "projected"]
+FeatureMode = Literal["residual", "concat", "projected", "sequence"]
 FEATURE_MODES: tuple[str, ...] = get_args(FeatureMode)
 
 
@@ -240,8 +240,9 @@ class DeepSeekOCRVisionConfig(_ValidatedConfig):
         num_channels: Colour channels of the pixels.
         feature_mode: What the tokens are. `"residual"`: `tokens + CLIP(tokens)`, without a class token, as the package
             `deepseek-ocr-encoder` computes. `"concat"`: `concat(CLIP(tokens), tokens)`, as the released model.
-            `"projected"`: the same after the released linear projector.
-        projection_dim: Width after the projector, for `"projected"`.
+            `"projected"`: the same after the released linear projector. `"sequence"`: that again as the released
+            decoder reads it, with a learned token at the end of each row of the grid and one at the end of a picture.
+        projection_dim: Width after the projector, for `"projected"` and `"sequence"`.
 
     Attributes:
         hidden_size: Width of the tokens that come out (1024, 2048 or `projection_dim`, by mode). Derived, read-only.
@@ -294,6 +295,7 @@ class DeepSeekOCRVisionConfig(_ValidatedConfig):
             "residual": self.clip_config.hidden_size,
             "concat": self.concat_size,
             "projected": self.projection_dim,
+            "sequence": self.projection_dim,
         }
         return widths[self.feature_mode]
 

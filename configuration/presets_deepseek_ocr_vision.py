@@ -2,12 +2,39 @@
 
 `"deepseek-ocr-encoder"` is what the package of that name does, `"deepseek-ocr"` what the released model does
 (arXiv 2510.18234, section 3.2, and its code). A preset names the preprocessing and the `feature_mode` that belong
-together; tokens of one are not tokens of the other.
+together; tokens of one are not tokens of the other. The released model knows several resolutions, its modes.
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from .configuration_deepseek_ocr_vision import FeatureMode
+
+
+ModeName = Literal["tiny", "small", "base", "large", "gundam"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One of the released model's resolutions.
+
+    Attributes:
+        size: Side in pixels of the page that a picture becomes.
+        tile_size: Side in pixels of the tiles that a picture larger than one of them is cut into besides; `None`
+            where there is only the page.
+    """
+
+    size: int
+    tile_size: int | None = None
+
+
+MODES = {
+    "tiny": Mode(512),
+    "small": Mode(640),
+    "base": Mode(1024),
+    "large": Mode(1280),
+    "gundam": Mode(1024, tile_size=640),
+}
 
 
 @dataclass(frozen=True)
@@ -20,12 +47,14 @@ class Preset:
         image_std: Standard deviation of each channel, of pixels in [0, 1].
         padded_from: Side in pixels from which on a page is fitted into the square and padded, its aspect ratio kept.
             Below, and always if `None`, it is resized to the square directly.
+        modes: Names of the resolutions that go with it, keys of `MODES`.
     """
 
     feature_mode: FeatureMode
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     padded_from: int | None
+    modes: tuple[str, ...] = ()
 
     def pads(self, height: int, width: int) -> bool:
         """Whether a page is padded, not stretched, on its way to `height` x `width` pixels."""
@@ -44,12 +73,13 @@ PRESETS = {
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),
         padded_from=1024,
+        modes=get_args(ModeName),
     ),
 }
 
 
 def preset_of(feature_mode: FeatureMode) -> str:
-    """The name of the preset that goes with a feature mode; `"projected"` goes with the released model's."""
+    """The name of the preset that goes with a feature mode; all but `"residual"` go with the released model's."""
     return "deepseek-ocr-encoder" if feature_mode == "residual" else "deepseek-ocr"
 
 
@@ -64,4 +94,17 @@ def require_preset(preset: str) -> Preset:
     return PRESETS[preset]
 
 
-__all__ = ["PRESETS", "Preset", "preset_of", "require_preset"]
+def require_mode(mode: str, preset: str) -> Mode:
+    """The mode of a name, of those that go with a preset.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    allowed = require_preset(preset).modes
+    if not isinstance(mode, str) or mode not in allowed:
+        advice = f"one of {list(allowed)}" if allowed else "left out; choose a `size`"
+        raise ValueError(f"`mode` is {mode!r}; with preset {preset!r} it has to be {advice}.")
+    return MODES[mode]
+
+
+__all__ = ["MODES", "PRESETS", "Mode", "ModeName", "Preset", "preset_of", "require_mode", "require_preset"]

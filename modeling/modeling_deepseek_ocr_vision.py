@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 from transformers import IMAGE_PROCESSOR_MAPPING, AutoImageProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import cached_file
 
 from ..configuration.checkpoint_code_deepseek_ocr_vision import (
@@ -23,18 +23,29 @@ from ..configuration.checkpoint_code_deepseek_ocr_vision import (
 )
 from ..configuration.checksums_deepseek_ocr_vision import verify_checksums as verify_folder
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
-from ..configuration.presets_deepseek_ocr_vision import preset_of, require_preset
+from ..configuration.presets_deepseek_ocr_vision import ModeName, preset_of, require_preset
 from ..configuration.saving_deepseek_ocr_vision import save_whole
 from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel, without_drawing
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import check_loading_info
 from .sam_deepseek_ocr_vision import SamEncoder
+from .sequence_deepseek_ocr_vision import (
+    DeepSeekOCRVisionOutput,
+    grids_of_tiles,
+    in_a_row,
+    joined,
+    refuse_absent_tiles,
+)
 
 
 if TYPE_CHECKING:
     # Never runs. transformers reads this line to learn which files a checkpoint's model travels with, and its older
     # versions do not look for it in the files imported above.
     from .attention_deepseek_ocr_vision import attention_function  # noqa: F401
+
+
+INPUTS = ("pixel_values", "pixel_values_local", "num_local_patches", "patches_grid")
+"""What the model reads of what an image processor gives."""
 
 
 class Projector(nn.Module):
@@ -75,9 +86,12 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
         with_class_token = config.feature_mode != "residual"
         self.sam_model = SamEncoder(config.sam_config, num_channels=config.num_channels)
         self.vision_model = ClipEncoder(config.clip_config, class_token=with_class_token)
-        if config.feature_mode == "projected":
+        if config.feature_mode in ("projected", "sequence"):
             with without_drawing():
                 self.projector = Projector(config.concat_size, config.projection_dim)
+        if config.feature_mode == "sequence":
+            self.image_newline = nn.Parameter(torch.zeros(config.projection_dim))
+            self.view_seperator = nn.Parameter(torch.zeros(config.projection_dim))
         self.post_init()
 
     @classmethod
@@ -268,7 +282,7 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
 
     @property
     def initializer_range(self) -> float:
-        """Standard deviation of the projector's newly drawn weights; each stage has its own."""
+        """Standard deviation of newly drawn weights after the two stages, which have their own."""
         return self.config.clip_config.initializer_range
 
     def get_input_embeddings(self) -> nn.Module:
@@ -282,16 +296,27 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor,
+        pixel_values_local: torch.Tensor | None = None,
+        num_local_patches: list[int] | torch.Tensor | None = None,
+        patches_grid: list[list[int]] | torch.Tensor | None = None,
         output_hidden_states: bool | int | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         use_cache: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple:
-        """Encode a batch of pages.
+    ) -> DeepSeekOCRVisionOutput | tuple:
+        """Encode a batch of pages, with their tiles where there are some: one pass for all pages, one for all tiles.
+
+        The tiles' arguments have the names and the meaning of transformers' Unlimited-OCR; the image processor gives
+        them in the mode Gundam. Pictures may have different numbers of tiles. With no tiles at all, but
+        `pixel_values_local` [0, 3, S, S], the passes are the same ones, as processes that share weights need.
 
         Args:
             pixel_values: [B, 3, height, width], normalised; height and width are multiples of `config.patch_size`.
                 Cast to the weights' dtype. An empty batch gives an empty batch of tokens.
+            pixel_values_local: The tiles of all pictures, picture by picture in reading order, [T, 3, S, S] or of any
+                other size that `pixel_values` may have.
+            num_local_patches: How many of them each picture has, B integers.
+            patches_grid: Columns and rows of each picture's tiles, B x 2 integers; any where there are none.
             output_hidden_states: Whether to return the CLIP stage's hidden states. Composites pass the index of the
                 layer that they want, such as -1 or 0, so any integer means yes.
             output_attentions: Whether to return the CLIP stage's attention weights. That stage attends the `"eager"`
@@ -301,32 +326,53 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
                 hands it on to its tower.
 
         Returns:
-            `last_hidden_state` [B, N, config.hidden_size], row-major over the grid; `pooler_output`
-            [B, config.hidden_size], the mean of the tokens; `hidden_states`, a tuple of what enters the first CLIP
-            layer and what leaves each, [B, N, C] (N + 1 with a class token, the first), the last one replaced by
-            `last_hidden_state`; `attentions`, one [B, heads, N, N] a CLIP layer (N + 1 with a class token).
+            `last_hidden_state` [B, N, config.hidden_size], row-major over the grid, or over the grid of the picture's
+            tiles and after that over the page's; with tiles padded with zeros at the end, as the `attention_mask`
+            [B, N] says. `pooler_output` [B, config.hidden_size], the mean of a picture's tokens. `hidden_states`, a
+            tuple of what enters the first CLIP layer and what leaves each, [B, N, C] (N + 1 with a class token, the
+            first) of the page alone, the last one replaced by `last_hidden_state`. `attentions`, one
+            [B, heads, N, N] a CLIP layer (N + 1 with a class token). `local_hidden_states` and `local_attentions`,
+            the same of the tiles.
 
         Raises:
-            TypeError: `pixel_values` is no tensor of floating-point numbers.
-            ValueError: `pixel_values` has a wrong shape.
+            TypeError: `pixel_values` or `pixel_values_local` is no tensor of floating-point numbers, or what is said
+                of the tiles no integers.
+            ValueError: Either has a wrong shape, or pages, tiles and what is said of them do not fit each other.
         """
         output_hidden_states = _chosen(output_hidden_states, default=self.config.output_hidden_states)
         output_attentions = _chosen(output_attentions, default=self.config.output_attentions)
         return_dict = _chosen(return_dict, default=self.config.return_dict)
-        self._check_pixel_values(pixel_values)
+        self._check_pixel_values("pixel_values", pixel_values)
+        grids = self._check_tiles(pixel_values, pixel_values_local, num_local_patches, patches_grid)
 
+        pages, of_pages = self._tokens(pixel_values, output_hidden_states, output_attentions)  # [B, H, W, C]
+        if grids is None:
+            last_hidden_state = in_a_row(pages, **self._marks(pages))  # [B, N, C]
+            attention_mask, pooled, of_tiles = None, last_hidden_state.mean(dim=1), BaseModelOutput()
+        else:
+            tiles, of_tiles = self._tokens(pixel_values_local, output_hidden_states, output_attentions)
+            last_hidden_state, attention_mask, pooled = joined(pages, tiles, grids, **self._marks(pages))
+        hidden_states = (*of_pages.hidden_states[:-1], last_hidden_state) if output_hidden_states else None
+        outputs = DeepSeekOCRVisionOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pooled,
+            hidden_states=hidden_states,
+            attentions=of_pages.attentions,
+            attention_mask=attention_mask,
+            local_hidden_states=of_tiles.hidden_states,
+            local_attentions=of_tiles.attentions,
+        )
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _tokens(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool
+    ) -> tuple[torch.Tensor, BaseModelOutput]:
+        """Grids of tokens, [B, H, W, C], of pictures of one size, and all that the CLIP stage gave."""
         pixel_values = pixel_values.to(self.get_input_embeddings().weight.dtype)
         feature_map = self.sam_model(pixel_values)  # [B, C, H, W]
         clip_outputs = self.vision_model(feature_map, output_hidden_states, output_attentions)
-        last_hidden_state = self._features(feature_map, clip_outputs.last_hidden_state)
-        hidden_states = (*clip_outputs.hidden_states[:-1], last_hidden_state) if output_hidden_states else None
-        outputs = BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state,
-            pooler_output=last_hidden_state.mean(dim=1),
-            hidden_states=hidden_states,
-            attentions=clip_outputs.attentions,
-        )
-        return outputs if return_dict else outputs.to_tuple()
+        features = self._features(feature_map, clip_outputs.last_hidden_state)  # [B, N, C]
+        return features.unflatten(1, feature_map.shape[-2:]), clip_outputs
 
     def _features(self, feature_map: torch.Tensor, clip_tokens: torch.Tensor) -> torch.Tensor:
         """Combine both stages' outputs, [B, C, H, W] and [B, N (+ 1), C], as the feature mode says."""
@@ -334,44 +380,65 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
         if self.config.feature_mode == "residual":
             return tokens + clip_tokens
         features = torch.cat([clip_tokens[:, 1:], tokens], dim=-1)  # [B, N, 2C]: CLIP first, SAM second
-        return self.projector(features) if self.config.feature_mode == "projected" else features
+        return features if self.config.feature_mode == "concat" else self.projector(features)
 
-    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+    def _marks(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The learned tokens of the released sequence, to go with others; none in other feature modes."""
+        if self.config.feature_mode != "sequence":
+            return {}
+        return {"newline": self.image_newline.to(tokens), "separator": self.view_seperator.to(tokens)}
+
+    def _check_tiles(
+        self, pixel_values: torch.Tensor, pixel_values_local: Any, num_local_patches: Any, patches_grid: Any
+    ) -> list[tuple[int, int]] | None:
+        """Columns and rows of each picture's tiles; `None` where tiles are not given."""
+        if pixel_values_local is None:
+            refuse_absent_tiles(num_local_patches)
+            return None
+        self._check_pixel_values("pixel_values_local", pixel_values_local)
+        sizes = {"num_pictures": len(pixel_values), "num_tiles": len(pixel_values_local)}
+        return grids_of_tiles(num_local_patches, patches_grid, **sizes)
+
+    def _check_pixel_values(self, name: str, pixel_values: torch.Tensor) -> None:
         if not isinstance(pixel_values, torch.Tensor):
-            raise TypeError(f"`pixel_values` has to be a torch.Tensor, got a {type(pixel_values).__name__}.")
+            raise TypeError(f"`{name}` has to be a torch.Tensor, got a {type(pixel_values).__name__}.")
         if not pixel_values.is_floating_point():
             raise TypeError(
-                f"`pixel_values` has to hold normalised floating-point numbers, got {pixel_values.dtype}; the image "
+                f"`{name}` has to hold normalised floating-point numbers, got {pixel_values.dtype}; the image "
                 "processor makes them from pictures."
             )
         num_channels, token_size = self.config.num_channels, self.config.patch_size
         if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
             raise ValueError(
-                f"`pixel_values` has to be of shape [batch, {num_channels}, height, width], got "
-                f"{list(pixel_values.shape)}."
+                f"`{name}` has to be of shape [batch, {num_channels}, height, width], got {list(pixel_values.shape)}."
             )
         height, width = pixel_values.shape[-2:]
         if height % token_size or width % token_size or not height or not width:
             nearest = [max(token_size, round(side / token_size) * token_size) for side in (height, width)]
             raise ValueError(
-                f"`pixel_values` is {height} x {width} pixels; height and width have to be positive multiples of "
+                f"`{name}` is {height} x {width} pixels; height and width have to be positive multiples of "
                 f"{token_size}. The nearest valid size is {nearest[0]} x {nearest[1]}."
             )
 
-    def encode(self, images: Any, *, image_processor: Any = None, batch_size: int = 1) -> list[torch.Tensor]:
+    def encode(
+        self, images: Any, *, image_processor: Any = None, mode: ModeName | None = None, batch_size: int = 1
+    ) -> list[torch.Tensor]:
         """Turn pictures into tokens, without gradient but as ordinary tensors, fit to train something else on.
 
         Args:
             images: A picture or a list of them: paths, PIL images, arrays or tensors.
             image_processor: What prepares them. By default the one saved with this checkpoint or, for a model that
                 has none, the preset that belongs to its feature mode at `config.image_size`.
+            mode: Another of the released model's resolutions than the image processor's: `"tiny"`, `"small"`,
+                `"base"`, `"large"` or `"gundam"`.
             batch_size: Pictures that pass through the model at once.
 
         Returns:
             One tensor [N, config.hidden_size] a picture, on the model's device and in its dtype.
 
         Raises:
-            ValueError: `images` is empty, a picture is invalid, or `batch_size` is less than 1.
+            ValueError: `images` is empty, a picture is invalid, `batch_size` is less than 1, or the image processor's
+                preset has no such mode.
         """
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size!r}; it has to be at least 1.")
@@ -379,11 +446,14 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
             image_processor = self._default_image_processor()
         images = list(images) if isinstance(images, list | tuple) else [images]
         batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)] or [images]
+        options = {} if mode is None else {"mode": mode}
         tokens = []
         with torch.no_grad():
             for batch in batches:
-                pixel_values = image_processor(batch, return_tensors="pt")["pixel_values"].to(self.device)
-                tokens.extend(self(pixel_values, return_dict=True).last_hidden_state)
+                features = image_processor(batch, return_tensors="pt", **options)
+                inputs = {name: features[name] for name in INPUTS if name in features}
+                outputs = self(**_moved(inputs, self.device), return_dict=True)
+                tokens.extend(_unpadded(outputs.last_hidden_state, outputs.attention_mask))
         return tokens
 
     def _default_image_processor(self) -> Any:
@@ -405,8 +475,8 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
 
         Returns:
             Name to parameters, in the order of the data: `sam.patch_embed`, `sam.blocks.0` and on, `sam.neck`,
-            `sam.compressor`, `clip.embeddings`, `clip.layers.0` and on, and `projector` where there is one. Every
-            parameter is in exactly one group.
+            `sam.compressor`, `clip.embeddings`, `clip.layers.0` and on, `projector` where there is one, and `sequence`
+            with the learned tokens of that feature mode. Every parameter is in exactly one group.
         """
         sam, clip = self.sam_model, self.vision_model
         groups: dict[str, list[nn.Parameter]] = {"sam.patch_embed": [*sam.patch_embed.parameters(), sam.pos_embed]}
@@ -417,8 +487,10 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
         groups |= {
             f"clip.layers.{index}": [*layer.parameters()] for index, layer in enumerate(clip.transformer.layers)
         }
-        if self.config.feature_mode == "projected":
+        if self.config.feature_mode in ("projected", "sequence"):
             groups["projector"] = [*self.projector.parameters()]
+        if self.config.feature_mode == "sequence":
+            groups["sequence"] = [self.image_newline, self.view_seperator]
         return groups
 
     def freeze(self, *names: str) -> "DeepSeekOCRVisionModel":
@@ -467,6 +539,18 @@ def _verify_files(source: str | os.PathLike, options: dict[str, Any]) -> None:
     names = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
     checksums = cached_file(source, CHECKSUMS, **{name: options[name] for name in names if name in options})
     verify_folder(os.path.dirname(checksums), allow_missing=not os.path.isdir(source))
+
+
+def _moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Inputs with the tensors among them on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def _unpadded(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """One tensor of tokens a picture, [B, N, C] -> B times [N, C], without what fills up the shorter ones."""
+    if attention_mask is None:
+        return list(tokens)
+    return [row[mask] for row, mask in zip(tokens, attention_mask, strict=True)]
 
 
 def _chosen(value: Any, *, default: Any) -> bool:

@@ -2,14 +2,14 @@
 
 A picture is read to 8-bit RGB, brought to the size of a page, and normalised. Geometry, mean and standard deviation
 come from a preset (`PRESETS`): those of the package `deepseek-ocr-encoder`, or of the released DeepSeek-OCR model
-(arXiv 2510.18234, section 3.2, and its code). There are two ways to resize, Pillow and torchvision; torchvision need
-not be installed.
+(arXiv 2510.18234, section 3.2, and its code), whose mode Gundam cuts a large picture into tiles besides. There are two
+ways to resize, Pillow and torchvision; torchvision need not be installed.
 """
 
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
 from ..configuration.checkpoint_code_deepseek_ocr_vision import package_module
-from ..configuration.presets_deepseek_ocr_vision import PRESETS, require_preset
+from ..configuration.configuration_deepseek_ocr_vision import FEATURE_MODES, FeatureMode
+from ..configuration.presets_deepseek_ocr_vision import MODES, PRESETS, ModeName, require_mode, require_preset
 from ..configuration.saving_deepseek_ocr_vision import save_whole
 from .pictures_deepseek_ocr_vision import fetch_pictures, named_pictures, read_picture
+from .tiles_deepseek_ocr_vision import MIN_TILES, cut, tile_grid
 
 
 try:
@@ -30,9 +32,8 @@ except ImportError:
     torchvision_functional = None
 
 if TYPE_CHECKING:
-    # Never runs. transformers reads these lines to learn which files a checkpoint's image processor travels with, and
-    # its older versions do not look for them in the files imported above.
-    from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig  # noqa: F401
+    # Never runs. transformers reads this line to learn which files a checkpoint's image processor travels with, and
+    # its older versions do not look for it in the files imported above.
     from .processing_deepseek_ocr_vision import DeepSeekOCRVisionProcessor  # noqa: F401
 
 
@@ -42,6 +43,9 @@ FIELDS = (
     "preset",
     "do_resize",
     "size",
+    "mode",
+    "tile_size",
+    "max_patches",
     "resample",
     "do_pad",
     "do_rescale",
@@ -52,6 +56,14 @@ FIELDS = (
     "do_convert_rgb",
     "resize_backend",
 )
+# What is no longer meant when another field is replaced: a mode is a size with or without tiles.
+_VOIDED_BY = {
+    "preset": ("mode", "do_pad", "image_mean", "image_std"),
+    "mode": ("size", "tile_size"),
+    "size": ("mode",),
+    "tile_size": ("mode",),
+    "do_resize": ("mode",),
+}
 # What a JSON file says about the class.
 FILE_FIELDS = ("image_processor_type", "processor_class", "auto_map")
 TENSOR_TYPES = ("pt", "np")
@@ -59,6 +71,8 @@ CHANNEL_ORDERS = ("channels_first", "channels_last")
 
 TOKEN_SIZE = 64
 """Side in pixels of the square that one token stands for."""
+MAX_PATCHES = 6
+"""Tiles at the most unless `max_patches` says otherwise, as DeepSeek's own server for the released model has it."""
 PAGE_SIZE = 1024
 """Side in pixels of a page unless `size` says otherwise; what the released weights were trained at."""
 MARGIN = (127, 127, 127)
@@ -75,7 +89,26 @@ class DeepSeekOCRVisionImagesKwargs(ImagesKwargs, total=False):
     """What transformers' processors may hand on to the image processor, besides what every one of them knows."""
 
     preset: str | None
+    mode: str | None
+    tile_size: int | None
+    max_patches: int | None
     resize_backend: str | None
+
+
+class Views(NamedTuple):
+    """What a picture becomes.
+
+    Attributes:
+        page: The whole of it, uint8 [3, H, W].
+        tiles: Its tiles in reading order, uint8 [T, 3, S, S]; none if it is not cut.
+        grid: Columns and rows of tiles; 1 and 1 if it is not cut.
+        unit: The value of one of its 256 levels before any rescaling.
+    """
+
+    page: torch.Tensor
+    tiles: torch.Tensor
+    grid: tuple[int, int]
+    unit: float
 
 
 class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
@@ -98,14 +131,25 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
     - over `PIL.Image.MAX_IMAGE_PIXELS` (89 megapixels) Pillow warns when it opens a file, over twice that it is an
       error, here for every kind of picture.
 
+    With a `tile_size`, as in the mode Gundam, there are besides, under the names of transformers' Unlimited-OCR:
+    `pixel_values_local` [T, 3, tile_size, tile_size], the tiles of all pictures, T = 0 if none was cut;
+    `num_local_patches`, how many are whose, as a list of integers; and `patches_grid`, a list of [columns, rows].
+
     Args:
         preset: Which model's preprocessing, a key of `PRESETS`. `"deepseek-ocr-encoder"`: stretched to the page,
             CLIP's mean and standard deviation. `"deepseek-ocr"`: mean and standard deviation 0.5; stretched below
-            1024 pixels (the modes tiny, 512, and small, 640), from there on (base, 1024, and large, 1280) fitted into
-            the page with its aspect ratio kept, the rest (127, 127, 127).
+            1024 pixels (the modes tiny and small), from there on (base and large) fitted into the page with its aspect
+            ratio kept, the rest (127, 127, 127).
         do_resize: Whether pictures are brought to `size`. If not, their sides have to be multiples of 64.
         size: Size of a page in pixels: a number for a square, `{"height": ..., "width": ...}`, or (height, width), in
-            multiples of 64. Defaults to 1024.
+            multiples of 64. Defaults to the mode's, or 1024.
+        mode: One of the released model's resolutions, a key of `MODES`, for the preset `"deepseek-ocr"`: `"tiny"` 512,
+            `"small"` 640, `"base"` 1024, `"large"` 1280, `"gundam"` 1024 and tiles of 640. It stands for `size` and
+            `tile_size`, which follow it; to give one of them as well is an error if it differs.
+        tile_size: Side in pixels, a multiple of 64, of the tiles that a picture with a longer side is cut into besides
+            becoming a page. `None` for no tiles, unless the mode has some.
+        max_patches: Tiles that a picture is cut into at the most, at least 2. 6 by default, as DeepSeek's server has
+            it; its remote code has 9.
         resample: Filter that resizes, a `PIL.Image.Resampling`. Always antialiased.
         do_pad: Whether the aspect ratio is kept and the rest of the page filled. Defaults to what the preset does at
             this size.
@@ -122,7 +166,8 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
             its width (both cut off what overshoots in between, and torchvision, as Pillow before, starts with the
             width). `"auto"`: torchvision for torch tensors if it is installed, Pillow for all else.
 
-    All of these but `preset` can also be given for one call, as can `return_tensors` (`"pt"`, `"np"`, or `None` for a
+    All of these but `preset` can also be given for one call, a mode or sizes in place of the others, as can
+    `return_tensors` (`"pt"`, `"np"`, or `None` for a
     list of tensors), `data_format` and `input_data_format` (`"channels_first"`, `"channels_last"`), `device` and
     `disable_grouping` (tensors of one shape are resized together unless it is true).
 
@@ -133,7 +178,7 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         OSError: A file that is missing, truncated or no picture; the message names the path.
     """
 
-    model_input_names: ClassVar = ["pixel_values"]
+    model_input_names: ClassVar = ["pixel_values", "pixel_values_local", "num_local_patches", "patches_grid"]
     valid_kwargs = DeepSeekOCRVisionImagesKwargs
     code_entries: ClassVar = ("AutoImageProcessor", "AutoProcessor")
 
@@ -143,6 +188,9 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         *,
         do_resize: bool = True,
         size: int | Sequence[int] | dict[str, int] | None = None,
+        mode: ModeName | None = None,
+        tile_size: int | None = None,
+        max_patches: int = MAX_PATCHES,
         resample: int = Image.Resampling.BICUBIC,
         do_pad: bool | None = None,
         do_rescale: bool = True,
@@ -159,7 +207,8 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         defaults = require_preset(preset)
         self.preset = preset
         self.do_resize = _flag("do_resize", do_resize)
-        self.size = _page_size(PAGE_SIZE if size is None else size)
+        self.size, self.tile_size = _sizes(preset, mode, size, tile_size)
+        self.max_patches = _max_patches(max_patches)
         self.resample = _resampling(resample)
         self.do_pad = None if do_pad is None else _flag("do_pad", do_pad)
         self.do_rescale = _flag("do_rescale", do_rescale)
@@ -171,6 +220,11 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         self.resize_backend = _choice("resize_backend", resize_backend, BACKENDS)
         if 0 in self.image_std:
             raise ValueError(f"`image_std` is {image_std!r}; it divides, so it cannot be 0.")
+        if not do_resize and (mode is not None or self.tile_size is not None):
+            given = f"`mode` {mode!r}" if mode is not None else f"`tile_size` {tile_size}"
+            raise ValueError(
+                f"`do_resize` is False, but {given} needs pictures to be resized; leave out one of the two."
+            )
 
     @classmethod
     def from_deepseek_ocr(
@@ -195,7 +249,7 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
             token: The Hub's token; by default the one that is logged in.
             cache_dir: The Hub's cache; by default huggingface_hub's own.
             local_files_only: Whether to do without the Hub.
-            fields: Further arguments of the image processor, such as `size`.
+            fields: Further arguments of the image processor, such as `mode` or `size`.
 
         Raises:
             OSError: There is no such checkpoint, or its configuration cannot be fetched.
@@ -206,26 +260,53 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
         image_size_of = package_module("configuration.architecture").image_size_of
         size = image_size_of(source, local_files_only=local_files_only, **hub_options)
-        return cls(preset, **({"size": size} | fields))
+        return cls(preset, **({} if fields.get("mode") is not None else {"size": size}) | fields)
+
+    @property
+    def mode(self) -> str | None:
+        """The name of the released model's resolution that `size` and `tile_size` are, if they are one."""
+        for name in require_preset(self.preset).modes if self.do_resize else ():
+            side, tile_size = MODES[name].size, MODES[name].tile_size
+            if self.size in (side, {"height": side, "width": side}) and self.tile_size == tile_size:
+                return name
+        return None
+
+    @mode.setter
+    def mode(self, value: ModeName) -> None:
+        self.size, self.tile_size = _sizes(self.preset, value, None, None)
 
     @property
     def crop_size(self) -> dict[str, int]:
         """The page's size under the name by which transformers' `LlavaProcessor` counts tokens ahead of time."""
         return self.size
 
-    def num_image_tokens(self, height: int, width: int) -> int:
-        """How many tokens the model gives for a picture of `height` x `width` pixels.
+    def num_image_tokens(self, height: int, width: int, *, feature_mode: FeatureMode | None = None) -> int:
+        """How many tokens the model gives for a picture of `height` x `width` pixels, tiles included.
+
+        Args:
+            height: The picture's, in pixels.
+            width: The picture's, in pixels.
+            feature_mode: The model's. `"sequence"` has a token more for each row, and one for the picture; all others
+                have a token for each square of 64 x 64 pixels. Defaults to the preset's.
 
         Raises:
-            ValueError: A side is no positive integer, or no multiple of 64 though `do_resize` is false.
+            ValueError: A side is no positive integer, or no multiple of 64 though `do_resize` is false, or there is no
+                such feature mode.
         """
+        if feature_mode is not None:
+            _choice("feature_mode", feature_mode, FEATURE_MODES)
         for name, side in (("height", height), ("width", width)):
             if not _is_integer(side) or side < 1:
                 raise ValueError(f"`{name}` is {side!r}; it has to be a positive integer.")
         if not self.do_resize:
             _require_token_multiple("height, width", height, width)
         page = _page_size(self.size) if self.do_resize else {"height": height, "width": width}
-        return (page["height"] // TOKEN_SIZE) * (page["width"] // TOKEN_SIZE)
+        columns, rows = self._grid(height, width)
+        views = [(page["height"], page["width"])]
+        if columns * rows > 1:
+            views.append((rows * self.tile_size, columns * self.tile_size))
+        marks = feature_mode == "sequence"
+        return marks + sum(side // TOKEN_SIZE * (other // TOKEN_SIZE + marks) for side, other in views)
 
     def preprocess(
         self,
@@ -245,9 +326,15 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         data_format = _optional_choice("data_format", data_format, CHANNEL_ORDERS)
         input_data_format = _optional_choice("input_data_format", input_data_format, CHANNEL_ORDERS)
         settings._require_backend()
-        pages, units = settings._pages(images, input_data_format, device, bool(disable_grouping))
-        pixels = settings._normalized(pages, units, device)
-        return BatchFeature({"pixel_values": _packed(pixels, return_tensors, data_format)})
+        views = settings._views(images, input_data_format, device, bool(disable_grouping))
+        pages = settings._normalized([view.page for view in views], [view.unit for view in views], device)
+        features = {"pixel_values": _packed(pages, return_tensors, data_format)}
+        if settings.tile_size is not None:
+            tiles = settings._normalized_tiles(views, device)
+            features["pixel_values_local"] = _packed(tiles, return_tensors, data_format)
+            features["num_local_patches"] = [len(view.tiles) for view in views]
+            features["patches_grid"] = [list(view.grid) for view in views]
+        return BatchFeature(features)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open what is a path and hand on the rest; transformers' processors with a tokenizer call this.
@@ -260,17 +347,18 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
-        """Build from a dictionary, as `transformers` does. With another `preset`, geometry and colours are that one's.
+        """Build from a dictionary, as `transformers` does. With another `preset`, geometry and colours are that one's;
+        with another `mode`, the sizes.
 
         Fields that are not known, as a file of another version may have, are kept as plain attributes.
 
         Raises:
             ValueError: A field has a value that is not allowed.
         """
-        if kwargs.get("preset") not in (None, image_processor_dict.get("preset")):
-            belonging = ("do_pad", "image_mean", "image_std")
-            image_processor_dict = {k: v for k, v in image_processor_dict.items() if k not in belonging}
-        known = {k: v for k, v in image_processor_dict.items() if k in FIELDS}
+        replaced = {k for k, v in kwargs.items() if k in FIELDS and (v is not None or k == "tile_size")}
+        if kwargs.get("preset") == image_processor_dict.get("preset"):
+            replaced.discard("preset")
+        known = _without_voided({k: v for k, v in image_processor_dict.items() if k in FIELDS}, replaced)
         result = super().from_dict(known, **kwargs)
         image_processor = result[0] if isinstance(result, tuple) else result
         for name in image_processor_dict.keys() - {*FIELDS, *FILE_FIELDS, "crop_size"}:
@@ -279,7 +367,7 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary. In a saved folder it also names the processor, for `AutoProcessor`."""
-        fields = super().to_dict()
+        fields = super().to_dict() | {"mode": self.mode}
         return fields | {"processor_class": "DeepSeekOCRVisionProcessor"} if "auto_map" in fields else fields
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
@@ -302,7 +390,7 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
     def _with(self, overrides: dict[str, Any]) -> "DeepSeekOCRVisionImageProcessor":
         """This image processor with some fields replaced; all are validated again, as they may have been set since."""
         _refuse_unknown(overrides, known=FIELDS[1:])
-        return type(self)(**{name: getattr(self, name) for name in FIELDS} | overrides)
+        return type(self)(**_without_voided({name: getattr(self, name) for name in FIELDS}, overrides) | overrides)
 
     def _require_backend(self) -> None:
         if self.resize_backend == "torchvision" and torchvision_functional is None:
@@ -321,32 +409,39 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         by_choice = by_choice and self.resize_backend == "auto" and torchvision_functional is not None
         return by_choice or self.resize_backend == "torchvision"
 
-    def _pages(
-        self, images: Any, input_data_format: str | None, device: Any, disable_grouping: bool
-    ) -> tuple[list[torch.Tensor], list[float]]:
-        """Every picture as a page, uint8 [3, H, W], and the value of one of its 256 levels before any rescaling."""
-        pages, units, waiting = [], [], defaultdict(list)
+    def _views(self, images: Any, input_data_format: str | None, device: Any, disable_grouping: bool) -> list[Views]:
+        """The page and the tiles of every picture, in order."""
+        views, waiting = [], defaultdict(list)
         for name, picture in named_pictures(images, "images"):
             keeps_tensor = self._keeps_tensor(picture)
             read, unit = read_picture(picture, name, input_data_format, self.do_convert_rgb, keeps_tensor)
             if not self.do_resize:
                 _require_token_multiple(name, *_height_width(read))
-            if not keeps_tensor:
-                read = _as_tensor(self._resized_picture(read))
-            elif isinstance(picture, torch.Tensor):
+            if keeps_tensor and isinstance(picture, torch.Tensor):
                 read = _as_tensor(read).to(device or picture.device)
-                waiting[read.shape, read.device, disable_grouping and len(pages)].append(len(pages))
+                waiting[read.shape, read.device, disable_grouping and len(views)].append((len(views), read, unit))
+                views.append(None)
             else:
-                read = self._resized_tensors(_as_tensor(read).to(device)[None])[0]
-            pages.append(read)
-            units.append(unit)
-        for indexes in waiting.values():
-            group = [pages[index] for index in indexes]
+                views += self._views_of(_as_tensor(read).to(device)[None] if keeps_tensor else read, [unit])
+        for group in waiting.values():
+            indexes, pictures, units = zip(*group, strict=True)
             # A large picture alone is not copied.
-            group = torch.stack(group) if len(group) > 1 else group[0][None]
-            for index, page in zip(indexes, self._resized_tensors(group), strict=True):
-                pages[index] = page
-        return pages, units
+            pictures = torch.stack(pictures) if len(pictures) > 1 else pictures[0][None]
+            for index, view in zip(indexes, self._views_of(pictures, units), strict=True):
+                views[index] = view
+        return views
+
+    def _views_of(self, pictures: Image.Image | torch.Tensor, units: Sequence[float]) -> list[Views]:
+        """The views of a picture of Pillow's, or of tensors of one shape, uint8 [B, 3, h, w]."""
+        grid = self._grid(*_height_width(pictures))
+        pages, tiles = self._pages(pictures), self._tiles(pictures, grid)
+        return [Views(page, cuts, grid, unit) for page, cuts, unit in zip(pages, tiles, units, strict=True)]
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Columns and rows of the tiles that a picture is cut into; 1 and 1 if it is not."""
+        if self.tile_size is None:
+            return 1, 1
+        return tile_grid(height, width, tile_size=self.tile_size, max_tiles=self.max_patches)
 
     def _geometry(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Top, left, height and width of the place on the page that a picture is resized to."""
@@ -361,31 +456,33 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
             fitted = page_height, max(1, round(width / height * page_height))
         return round((page_height - fitted[0]) * 0.5), round((page_width - fitted[1]) * 0.5), *fitted
 
-    def _resized_picture(self, picture: Image.Image) -> Image.Image:
-        """A page made by Pillow."""
+    def _pages(self, pictures: Image.Image | torch.Tensor) -> torch.Tensor:
+        """Pictures of one shape as pages, uint8 [B, 3, H, W]."""
         if not self.do_resize:
-            return picture
-        top, left, height, width = self._geometry(picture.height, picture.width)
-        resized = picture.resize((width, height), resample=self.resample)
-        if (height, width) == (self.size["height"], self.size["width"]):
-            return resized
-        page = Image.new("RGB", (self.size["width"], self.size["height"]), MARGIN)
-        page.paste(resized, (left, top))
-        return page
-
-    def _resized_tensors(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pages made by torchvision, of pictures of one shape: uint8 [B, 3, h, w] -> [B, 3, H, W]."""
-        if not self.do_resize:
-            return pictures
-        top, left, height, width = self._geometry(*pictures.shape[-2:])
-        mode = InterpolationMode(_TORCHVISION_MODES[self.resample])
-        resized = torchvision_functional.resize(pictures, [height, width], interpolation=mode, antialias=True)
+            return pictures if isinstance(pictures, torch.Tensor) else _as_tensor(pictures)[None]
+        top, left, height, width = self._geometry(*_height_width(pictures))
+        resized = self._resized(pictures, height, width)
         if (height, width) == (self.size["height"], self.size["width"]):
             return resized
         margin = torch.tensor(MARGIN, dtype=torch.uint8, device=resized.device).view(1, 3, 1, 1)
-        page = margin.repeat(len(resized), 1, self.size["height"], self.size["width"])
-        page[..., top : top + height, left : left + width] = resized
-        return page
+        pages = margin.repeat(len(resized), 1, self.size["height"], self.size["width"])
+        pages[..., top : top + height, left : left + width] = resized
+        return pages
+
+    def _tiles(self, pictures: Image.Image | torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The tiles of pictures of one shape, uint8 [B, T, 3, S, S]."""
+        columns, rows = grid
+        if columns * rows == 1:
+            batch = len(pictures) if isinstance(pictures, torch.Tensor) else 1
+            return torch.empty(batch, 0, 3, self.tile_size or 0, self.tile_size or 0, dtype=torch.uint8)
+        return cut(self._resized(pictures, rows * self.tile_size, columns * self.tile_size), self.tile_size)
+
+    def _resized(self, pictures: Image.Image | torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Pictures of one shape at another size, uint8 [B, 3, height, width], by Pillow or torchvision."""
+        if isinstance(pictures, Image.Image):
+            return _as_tensor(pictures.resize((width, height), resample=self.resample))[None]
+        mode = InterpolationMode(_TORCHVISION_MODES[self.resample])
+        return torchvision_functional.resize(pictures, [height, width], interpolation=mode, antialias=True)
 
     def _normalized(self, pages: list[torch.Tensor], units: list[float], device: Any) -> torch.Tensor | list:
         """Pages as float32, rescaled and normalised in one step: [B, 3, H, W], or a list if their sizes differ."""
@@ -401,6 +498,13 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
             scale, shift = steps[unit]
             target.copy_(page.to(device)).mul_(scale).add_(shift)
         return pixels
+
+    def _normalized_tiles(self, views: list[Views], device: Any) -> torch.Tensor:
+        """The tiles of all pictures, as `_normalized` gives pages: [T, 3, S, S]."""
+        tiles = [tile for view in views for tile in view.tiles]
+        if not tiles:
+            return torch.empty(0, 3, self.tile_size, self.tile_size, device=device or views[0].page.device)
+        return self._normalized(tiles, [view.unit for view in views for _ in view.tiles], device)
 
     def _scale_and_shift(self, unit: float) -> tuple[torch.Tensor, torch.Tensor]:
         """What the 256 levels are multiplied by, and what is added, per channel: both [3, 1, 1]."""
@@ -419,6 +523,12 @@ def _refuse_unknown(given: Iterable[str], known: Sequence[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise TypeError(f"The DeepSeek-OCR image processor has no {', '.join(unknown)}; it has {', '.join(known)}.")
+
+
+def _without_voided(fields: dict[str, Any], replaced: Iterable[str]) -> dict[str, Any]:
+    """Fields, less those that no longer hold when others are replaced."""
+    voided = {name for other in replaced for name in _VOIDED_BY.get(other, ())}
+    return {name: value for name, value in fields.items() if name not in voided}
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
@@ -479,6 +589,38 @@ def _page_size(size: Any) -> dict[str, int]:
     return {"height": height, "width": width}
 
 
+def _sizes(preset: str, mode: str | None, size: Any, tile_size: Any) -> tuple[dict[str, int], int | None]:
+    """Size of a page and side of a tile, checked; the mode's where there is one."""
+    if mode is None:
+        return _page_size(PAGE_SIZE if size is None else size), _tile_side(tile_size)
+    chosen = require_mode(mode, preset)
+    belonging = {"size": _page_size(chosen.size), "tile_size": chosen.tile_size}
+    given = {"size": _page_size(chosen.size if size is None else size), "tile_size": _tile_side(tile_size)}
+    for name, value in given.items():
+        if value is not None and value != belonging[name]:
+            raise ValueError(
+                f"`{name}` is {value!r}, but in mode {mode!r} it is {belonging[name]!r}; give one of the two."
+            )
+    return belonging["size"], belonging["tile_size"]
+
+
+def _tile_side(tile_size: Any) -> int | None:
+    if tile_size is None:
+        return None
+    if not _is_integer(tile_size):
+        raise ValueError(
+            f"`tile_size` is {tile_size!r}; it has to be an integer, a multiple of {TOKEN_SIZE}, or None."
+        )
+    _require_token_multiple("tile_size", tile_size, tile_size)
+    return int(tile_size)
+
+
+def _max_patches(value: Any) -> int:
+    if not _is_integer(value) or value < MIN_TILES:
+        raise ValueError(f"`max_patches` is {value!r}; it has to be an integer of at least {MIN_TILES}.")
+    return int(value)
+
+
 def _require_token_multiple(name: str, height: int, width: int) -> None:
     nearest = [max(1, round(side / TOKEN_SIZE)) * TOKEN_SIZE for side in (height, width)]
     if nearest != [height, width]:
@@ -507,9 +649,10 @@ def _packed(pixels: torch.Tensor | list[torch.Tensor], return_tensors: str | Non
     if isinstance(pixels, list) and return_tensors is not None:
         shapes = [tuple(page.shape) for page in pixels]
         raise ValueError(f"`return_tensors` is {return_tensors!r}, but the pages differ in shape: {shapes}.")
-    if data_format == "channels_last":
-        pages = [page.permute(1, 2, 0).contiguous() for page in pixels]
-        pixels = pages if isinstance(pixels, list) else torch.stack(pages)
+    if data_format == "channels_last" and isinstance(pixels, list):
+        pixels = [page.permute(1, 2, 0).contiguous() for page in pixels]
+    elif data_format == "channels_last":
+        pixels = pixels.permute(0, 2, 3, 1).contiguous()
     if return_tensors is None:
         return list(pixels)
     return pixels if return_tensors == "pt" else pixels.cpu().numpy()

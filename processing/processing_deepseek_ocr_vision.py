@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig  # noqa: F401
     from ..configuration.presets_deepseek_ocr_vision import PRESETS  # noqa: F401
     from .pictures_deepseek_ocr_vision import read_picture  # noqa: F401
+    from .tiles_deepseek_ocr_vision import tile_grid  # noqa: F401
 
 
 class DeepSeekOCRVisionProcessor(ProcessorMixin):
     """A processor whose only part is a `DeepSeekOCRVisionImageProcessor`.
 
-    `processor(images=..., return_tensors="pt").pixel_values` is [B, 3, H, W]. For text with pictures use transformers'
-    own `LlavaProcessor(image_processor, tokenizer, patch_size=64, vision_feature_select_strategy="full")`.
+    `processor(images=..., return_tensors="pt").pixel_values` is [B, 3, H, W], with tiles beside it where the image
+    processor cuts any. For text with pictures use transformers' own
+    `LlavaProcessor(image_processor, tokenizer, patch_size=64, vision_feature_select_strategy="full")`.
 
     Args:
         image_processor: The image processor. Defaults to a `DeepSeekOCRVisionImageProcessor` as built without

@@ -18,7 +18,9 @@ from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
+# Those that give a token for each square, and the one with marks between them.
 FEATURE_MODES = ("residual", "concat", "projected")
+EVERY_FEATURE_MODE = (*FEATURE_MODES, "sequence")
 IMPLEMENTATIONS = ("eager", "sdpa", "blockwise", "sdpa_folded", "sdpa_masked")
 
 # How far two ways of computing the same may be apart, relative to the spread of the values.
@@ -116,8 +118,8 @@ def run_python(code: str, *, package_installed: bool = True, **environment: str)
 
 
 def released_tensors(model: DeepSeekOCRVisionModel, *, language_width: int = 48) -> dict[str, torch.Tensor]:
-    """A checkpoint in the released layout around the weights of a model in `projected` mode: what the encoder does not
-    compute with, and a little of a language model.
+    """A checkpoint in the released layout around the weights of a model in `projected` or `sequence` mode: what the
+    encoder does not compute with, and a little of a language model.
     """
     tensors = {f"model.{key}": tensor.detach() for key, tensor in model.state_dict().items()}
     width = model.config.clip_config.hidden_size
@@ -131,7 +133,8 @@ def released_tensors(model: DeepSeekOCRVisionModel, *, language_width: int = 48)
         "model.view_seperator": (language_width,),
         "model.vision_model.embeddings.patch_embedding.weight": (width, 3, 14, 14),
     }
-    tensors |= {name: torch.randn(shape, generator=draw).to(model.dtype) for name, shape in others.items()}
+    others = {name: torch.randn(shape, generator=draw).to(model.dtype) for name, shape in others.items()}
+    tensors = others | tensors
     num_positions = model.config.clip_config.grid_size**2 + 1
     return tensors | {"model.vision_model.embeddings.position_ids": torch.arange(num_positions)[None]}
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import FEATURE_MODES, tiny_config
+from helpers import EVERY_FEATURE_MODE, tiny_config
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from deepseek_ocr_vision import (
@@ -29,7 +29,9 @@ def test_the_defaults_are_the_released_encoder():
     assert (config.feature_mode, config.hidden_size) == ("residual", 1024)
 
 
-@pytest.mark.parametrize(("feature_mode", "width"), [("residual", 1024), ("concat", 2048), ("projected", 1280)])
+@pytest.mark.parametrize(
+    ("feature_mode", "width"), [("residual", 1024), ("concat", 2048), ("projected", 1280), ("sequence", 1280)]
+)
 def test_hidden_size_is_the_width_of_the_tokens(feature_mode, width):
     """Pins what composites build their projector from; it follows the mode, also when that is assigned later."""
     assert DeepSeekOCRVisionConfig(feature_mode=feature_mode).hidden_size == width
@@ -118,7 +120,7 @@ def test_a_stage_of_the_wrong_type_is_an_error(sam_config):
         DeepSeekOCRVisionConfig(sam_config=sam_config)
 
 
-@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+@pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
 def test_a_saved_config_loads_as_it_was(tmp_path, feature_mode):
     """Pins the JSON round trip of every field, by the class and by `AutoConfig`."""
     config = tiny_config(feature_mode=feature_mode, projection_dim=20, image_size=256)

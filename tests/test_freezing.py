@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import FEATURE_MODES, tiny_config
+from helpers import EVERY_FEATURE_MODE, tiny_config
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
 
@@ -11,7 +11,7 @@ def trainable(model: DeepSeekOCRVisionModel) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+@pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
 def test_every_parameter_is_in_exactly_one_group(feature_mode):
     """Pins a parameter left out of freezing, or decayed twice."""
     model = DeepSeekOCRVisionModel(tiny_config(feature_mode=feature_mode))
@@ -21,7 +21,7 @@ def test_every_parameter_is_in_exactly_one_group(feature_mode):
 
 def test_groups_are_in_the_order_of_the_data():
     """Pins layer-wise learning-rate decay, which counts from the end."""
-    model = DeepSeekOCRVisionModel(tiny_config(feature_mode="projected"))
+    model = DeepSeekOCRVisionModel(tiny_config(feature_mode="sequence"))
     assert list(model.layer_groups()) == [
         "sam.patch_embed",
         "sam.blocks.0",
@@ -32,6 +32,7 @@ def test_groups_are_in_the_order_of_the_data():
         "clip.layers.0",
         "clip.layers.1",
         "projector",
+        "sequence",
     ]
 
 

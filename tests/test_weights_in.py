@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import (
-    FEATURE_MODES,
+    EVERY_FEATURE_MODE,
     TOLERANCE,
     assert_same_weights,
     golden_pixels,
@@ -32,7 +32,7 @@ from deepseek_ocr_vision import (
 
 @pytest.fixture
 def model() -> DeepSeekOCRVisionModel:
-    """A tiny model with the parameters of all modes."""
+    """A tiny model with the parameters of all modes that give a token for each square."""
     return DeepSeekOCRVisionModel(tiny_config(feature_mode="projected")).eval()
 
 
@@ -59,9 +59,11 @@ def in_mode(model: DeepSeekOCRVisionModel, feature_mode: str) -> DeepSeekOCRVisi
     return poorer
 
 
-@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
-def test_a_mode_gets_the_weights_that_it_uses(checkpoint, model, feature_mode):
+@pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
+def test_a_mode_gets_the_weights_that_it_uses(tmp_path, feature_mode):
     """Pins every weight in its place, for each mode, out of files that hold a language model as well."""
+    model = DeepSeekOCRVisionModel(tiny_config(feature_mode="sequence"))
+    checkpoint = write_checkpoint(tmp_path, released_tensors(model), model.config, num_shards=3)
     loaded = DeepSeekOCRVisionModel.from_deepseek_ocr(checkpoint, feature_mode=feature_mode)
     assert_same_weights(loaded, in_mode(model, feature_mode))
     assert not loaded.training
@@ -85,6 +87,8 @@ def test_a_preset_decides_the_mode_of_the_model_and_the_geometry_of_the_processo
         assert processor.image_processor.size == {"height": 128, "width": 128}
     processor = DeepSeekOCRVisionImageProcessor.from_deepseek_ocr(checkpoint, size=192, resize_backend="pil")
     assert (processor.size["width"], processor.resize_backend) == (192, "pil")
+    processor = DeepSeekOCRVisionImageProcessor.from_deepseek_ocr(checkpoint, preset="deepseek-ocr", mode="gundam")
+    assert (processor.size["width"], processor.tile_size) == (1024, 640)
     (checkpoint / "config.json").unlink()
     assert DeepSeekOCRVisionImageProcessor.from_deepseek_ocr(checkpoint).size["width"] == 1024
     with pytest.raises(ValueError, match="`preset` is 'clip'"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-    FEATURE_MODES,
+    EVERY_FEATURE_MODE,
     assert_same_weights,
     pixels,
     released_tensors,
@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+@pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
 def test_in_trained_out_and_in_again_is_exact(tmp_path, base, feature_mode):
     """Pins the round trip, which nobody else offers: each weight comes back bit for bit, and moved."""
     before = DeepSeekOCRVisionModel.from_deepseek_ocr(base, feature_mode=feature_mode)
@@ -66,7 +66,7 @@ def test_in_trained_out_and_in_again_is_exact(tmp_path, base, feature_mode):
     assert not torch.equal(again.sam_model.pos_embed, before.sam_model.pos_embed)
 
 
-@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+@pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
 def test_everything_else_stays_byte_for_byte(tmp_path, base, feature_mode):
     """Pins headers, order, language model, index, configuration and tokenizer; and the report of what was kept."""
     model = trained(base, feature_mode)
@@ -83,14 +83,14 @@ def test_everything_else_stays_byte_for_byte(tmp_path, base, feature_mode):
             size = 8 + int.from_bytes(before[name][:8], "little")
             assert before[name][:size] == after[name][:size]
             assert len(before[name]) == len(after[name])
-    kept = {
-        "residual": {"model.vision_model.embeddings.class_embedding"},
-        "concat": set(),
-        "projected": set(),
-    }[feature_mode]
-    kept |= set() if feature_mode == "projected" else {f"model.projector.layers.{n}" for n in ("weight", "bias")}
-    kept |= {f"model.vision_model.embeddings.{n}" for n in ("patch_embedding.weight", "position_ids")}
-    assert set(report.kept) == kept | {"model.image_newline", "model.view_seperator"}
+    kept = {f"model.vision_model.embeddings.{n}" for n in ("patch_embedding.weight", "position_ids")}
+    if feature_mode == "residual":
+        kept.add("model.vision_model.embeddings.class_embedding")
+    if feature_mode in ("residual", "concat"):
+        kept |= {f"model.projector.layers.{n}" for n in ("weight", "bias")}
+    if feature_mode != "sequence":
+        kept |= {"model.image_newline", "model.view_seperator"}
+    assert set(report.kept) == kept
     assert all(name in str(report) for name in kept)
 
 

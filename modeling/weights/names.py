@@ -42,12 +42,14 @@ _RENAMES = tuple(
 _SPLIT = re.compile(r"^(vision_model\.transformer\.layers\.\d+\.self_attn\.)([qkv])_proj(\.weight|\.bias)$")
 # Of the language model around the encoder, and what no mode of the encoder computes with.
 _KNOWN_OTHERS = re.compile(
-    r"^lm_head\.|^(model\.)?(embed_tokens|layers|norm|language_model)\.|^(image_newline|view_seperator)$"
+    r"^lm_head\.|^(model\.)?(embed_tokens|layers|norm|language_model)\."
     r"|^vision_model\.embeddings\.(patch_embedding\.|position_ids$)"
 )
 _VISION = re.compile(r"^(sam_model|vision_model|projector)\.|^(image_newline|view_seperator)$")
 # What a mode may do without: each is a part that another mode has.
-_OF_OTHER_MODES = re.compile(r"^projector\.|^vision_model\.embeddings\.class_embedding$")
+_OF_OTHER_MODES = re.compile(
+    r"^projector\.|^vision_model\.embeddings\.class_embedding$|^(image_newline|view_seperator)$"
+)
 
 
 @dataclass(frozen=True)

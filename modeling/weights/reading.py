@@ -1,6 +1,7 @@
 """Weights in: a model from a released checkpoint, on the Hub or on this machine."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
 from .checkpoints import LocalCheckpoint, open_local
 from .files import DTYPES
 from .hub import open_remote, repository_named
-from .names import account
+from .names import account, our_name
 
 
 def load_deepseek_ocr(
@@ -97,11 +98,15 @@ def check_checkpoint(source: str | os.PathLike) -> str:
     if (checkpoint.folder / CHECKSUMS).is_file():
         lines = [f"{source}: {len(verify_checksums(checkpoint.folder))} files are as {CHECKSUMS} says."]
     is_ours = checkpoint.config.get("model_type") == DeepSeekOCRVisionConfig.model_type
-    # A whole released model has what every mode needs.
-    feature_mode = checkpoint.config.get("feature_mode", "residual") if is_ours else "projected"
+    feature_mode = checkpoint.config.get("feature_mode", "residual") if is_ours else _richest_mode(checkpoint.shapes)
     config = config_of_checkpoint(checkpoint.config, feature_mode)
     sources = account(checkpoint.shapes, expected_shapes(DeepSeekOCRVisionModel, config))
     num_parameters = sum(tensor.numel() for _, tensor in checkpoint.read(sources))
     dtypes = sorted({checkpoint.tensors[name].dtype for names in sources.values() for name in names})
     lines.append(f"{len(sources)} tensors, {num_parameters:,} parameters, {', '.join(dtypes)}: all there and finite.")
     return "\n".join(lines)
+
+
+def _richest_mode(names: Iterable[str]) -> FeatureMode:
+    """The mode that uses the most of a whole model: its projector, and the marks of its sequence if it has any."""
+    return "sequence" if {our_name(name).key for name in names} >= {"image_newline", "view_seperator"} else "projected"
