@@ -1,35 +1,71 @@
-"""The encoder as the vision tower of transformers' LLaVA."""
+"""The encoder inside transformers' composites: LLaVA above all, and what else takes it as its vision tower."""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import FEATURE_MODES, pixels, tiny_config
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+import transformers
+from helpers import FEATURE_MODES, pixels, run_python, tiny_config
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    Trainer,
+    TrainingArguments,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.training.collator import ImageTextCollator
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+import composite
 
 
 IMAGE_TOKEN = 31
+LANGUAGE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def tiny_llava(feature_mode: str = "residual") -> LlavaForConditionalGeneration:
+def tiny_llava(feature_mode: str = "residual", *, vocab_size: int = 32, **fields) -> LlavaForConditionalGeneration:
     """A LLaVA with our tower; the layer and the strategy are what the tower needs."""
-    text_config = LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, pad_token_id=0
-    )
-    config = LlavaConfig(
-        vision_config=tiny_config(feature_mode=feature_mode),
-        text_config=text_config,
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-    )
-    return LlavaForConditionalGeneration(config)
+    text_config = LlamaConfig(**LANGUAGE, vocab_size=vocab_size, pad_token_id=0, initializer_range=0.2)
+    defaults = {
+        "vision_config": tiny_config(feature_mode=feature_mode),
+        "text_config": text_config,
+        "image_token_index": IMAGE_TOKEN,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
+    return LlavaForConditionalGeneration(LlavaConfig(**(defaults | fields)))
 
 
 def inputs(batch: int = 2) -> dict[str, torch.Tensor]:
     """A picture of 2 x 2 tokens and two words, `batch` times."""
     row = torch.tensor([1] + [IMAGE_TOKEN] * 4 + [5, 6])
     return {"input_ids": row.repeat(batch, 1), "pixel_values": pixels(batch)}
+
+
+def without_gradient(module: torch.nn.Module) -> list[str]:
+    return [
+        name for name, parameter in module.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
 
 
 @pytest.mark.parametrize("feature_mode", FEATURE_MODES)
@@ -39,8 +75,7 @@ def test_the_loss_reaches_every_weight_of_the_tower(feature_mode):
     assert type(model.model.vision_tower) is DeepSeekOCRVisionModel
     batch = inputs()
     model(**batch, labels=batch["input_ids"]).loss.backward()
-    without = [n for n, p in model.model.vision_tower.named_parameters() if p.grad is None or not p.grad.any()]
-    assert without == []
+    assert without_gradient(model.model.vision_tower) == []
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
@@ -87,3 +122,204 @@ def test_a_new_tower_is_drawn_by_its_own_config():
     tower = tiny_llava().model.vision_tower
     assert tower.sam_model.net_3.weight.std().item() == pytest.approx(0.1, rel=0.1)
     assert tower.sam_model.pos_embed.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_trained_composite_is_the_same_in_a_fresh_process(tmp_path):
+    """Pins checkpoints that only load where the model was built, in each mode: after a step, by the Auto class."""
+    expected = {}
+    for feature_mode in FEATURE_MODES:
+        model = tiny_llava(feature_mode)
+        batch = inputs()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        model.eval().save_pretrained(tmp_path / feature_mode)
+        expected[feature_mode] = model(**batch).logits.detach()
+    save_file(inputs(), tmp_path / "inputs.safetensors")
+    run_python(
+        f"""
+        import deepseek_ocr_vision
+        from safetensors.torch import load_file, save_file
+        from transformers import AutoModelForImageTextToText
+        inputs = load_file("{tmp_path}/inputs.safetensors")
+        logits = {{}}
+        for feature_mode in {FEATURE_MODES}:
+            model = AutoModelForImageTextToText.from_pretrained("{tmp_path}/" + feature_mode)
+            logits[feature_mode] = model(**inputs).logits.detach()
+            assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape == (2, 9)
+        save_file(logits, "{tmp_path}/logits.safetensors")
+        """
+    )
+    found = load_file(tmp_path / "logits.safetensors")
+    for feature_mode in FEATURE_MODES:
+        assert torch.equal(found[feature_mode], expected[feature_mode])
+
+
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}])
+def test_the_auto_classes_load_a_composite_with_its_head_and_without(tmp_path, options):
+    """Pins `AutoModel`, which gives the model below the head, and `trust_remote_code`, which is not needed."""
+    model = tiny_llava().eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, **options)
+    assert torch.equal(loaded(**inputs()).logits, model(**inputs()).logits)
+    below = AutoModel.from_pretrained(tmp_path, **options)
+    assert type(below.vision_tower) is DeepSeekOCRVisionModel
+    assert torch.equal(below(**inputs()).last_hidden_state, model.model(**inputs()).last_hidden_state)
+
+
+# Batches
+
+
+SAMPLES = [
+    {"prompt": "<image>What?", "answer": "12", "pages": [30]},
+    {"prompt": "<image> and <image>: which is the longer one?", "answer": "the second", "pages": [90, 150]},
+    {"prompt": "2 + 2", "answer": "4", "pages": []},
+    {"prompt": "<image>", "answer": "", "pages": [210]},
+]
+
+
+@pytest.fixture
+def processor() -> LlavaProcessor:
+    return composite.build_processor(page_size=128)
+
+
+def samples() -> list[dict]:
+    """Samples with no, one and several pictures, of different lengths."""
+    drawn = [[Image.new("RGB", (128, 128), (shade, 255 - shade, 9)) for shade in row["pages"]] for row in SAMPLES]
+    return [row | {"images": pictures} for row, pictures in zip(SAMPLES, drawn, strict=True)]
+
+
+@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_of_mixed_samples_gives_each_what_it_gives_alone(processor, feature_mode, side):
+    """Pins pictures read by another sample's placeholders, and padding that tokens attend to, on either side."""
+    model = tiny_llava(feature_mode, vocab_size=300, image_token_index=processor.image_token_id).eval()
+    batch = ImageTextCollator(processor, padding_side=side)(samples())
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for index, sample in enumerate(samples()):
+            alone = ImageTextCollator(processor, touch_encoder=False)([sample])
+            mask = batch["attention_mask"][index].bool()
+            torch.testing.assert_close(logits[index][mask], model(**alone).logits[0], rtol=1e-4, atol=1e-5)
+            assert torch.equal(batch["labels"][index][mask], alone["labels"][0])
+
+
+def test_generating_for_mixed_samples_writes_what_each_gets_alone(processor):
+    """Pins a processor that pads on the right, where `generate` goes on after padding."""
+    model = tiny_llava(vocab_size=300, image_token_index=processor.image_token_id).eval()
+    rows = samples()
+    pictures = [picture for row in rows for picture in row["images"]]
+    batch = processor(images=pictures, text=[row["prompt"] for row in rows], padding=True, return_tensors="pt")
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
+    together = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    for row, written in zip(rows, together, strict=True):
+        alone = processor(images=row["images"] or None, text=[row["prompt"]], return_tensors="pt")
+        expected = model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :]
+        assert written[: len(expected)].tolist() == expected.tolist()
+
+
+# Other composites
+
+
+@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+def test_llava_reads_from_several_layers_in_residual_mode_alone(feature_mode):
+    """Pins what the guide says: in the other modes CLIP's layers have a class token, which the result has not."""
+    model = tiny_llava(feature_mode, vision_feature_layer=[0, -1])
+    if feature_mode == "residual":
+        assert model(**inputs()).logits.shape == (2, 7, 32)
+    else:
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            model(**inputs())
+
+
+@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+@pytest.mark.parametrize("kind", ["LlavaNext", "LlavaOnevision"])
+def test_composites_that_cut_a_page_into_tiles_take_the_tower(kind, feature_mode, tmp_path):
+    """Pins tiles of the tower's own page size, with a line's end after each row, and batches without pictures."""
+    pinpoints = [[128, 256], [256, 128], [256, 256]]
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=tiny_config(feature_mode=feature_mode),
+        text_config=LlamaConfig(**LANGUAGE, vocab_size=300),
+        image_token_index=2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=pinpoints,
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    tiling = LlavaNextImageProcessor(
+        size={"shortest_edge": 128}, crop_size={"height": 128, "width": 128}, image_grid_pinpoints=pinpoints
+    )
+    tokenizer = composite.byte_tokenizer()
+    processor = LlavaNextProcessor(tiling, tokenizer, patch_size=64, vision_feature_select_strategy="full")
+    wide = Image.new("RGB", (300, 120), (9, 99, 200))
+    collator = ImageTextCollator(processor)
+    batch = collator([{"prompt": "<image>", "answer": "a", "image": wide}])
+    assert batch["pixel_values"].shape == (1, 3, 3, 128, 128)  # the whole page and two tiles
+    model(**batch).loss.backward()
+    assert without_gradient(model.model.vision_tower) == []
+    assert model(**collator([{"text": "no picture"}])).loss.isfinite()
+    model.eval().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+def test_a_dual_encoder_takes_the_tower(feature_mode, tmp_path):
+    """Pins `pooler_output`, which contrastive training reads."""
+    text_config = BertConfig(**LANGUAGE, vocab_size=300)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        tiny_config(feature_mode=feature_mode), text_config, projection_dim=8
+    )
+    model = VisionTextDualEncoderModel(config=config).eval()
+    batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "pixel_values": pixels(2)}
+    model(**batch, return_loss=True).loss.backward()
+    assert without_gradient(model.vision_model) == []
+    model.save_pretrained(tmp_path)
+    loaded = VisionTextDualEncoderModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch).logits_per_image, model(**batch).logits_per_image)
+
+
+def encoder_decoder(feature_mode: str) -> VisionEncoderDecoderModel:
+    decoder = GPT2Config(
+        vocab_size=300, n_embd=16, n_layer=1, n_head=2, initializer_range=0.2, bos_token_id=1, eos_token_id=1
+    )
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        tiny_config(feature_mode=feature_mode), decoder, pad_token_id=0, decoder_start_token_id=1
+    )
+    return VisionEncoderDecoderModel(config=config)
+
+
+@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+def test_an_encoder_decoder_takes_the_tower(feature_mode, tmp_path):
+    """Pins a decoder that attends to the tokens by cross-attention, as TrOCR's does."""
+    model = encoder_decoder(feature_mode).eval()
+    batch = {"labels": torch.tensor([[1, 2, 3], [4, 5, 6]]), "pixel_values": pixels(2)}
+    model(**batch).loss.backward()
+    assert without_gradient(model.encoder) == []
+    generated = model.generate(pixel_values=pixels(2), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert generated.shape == (2, 4)
+    model.save_pretrained(tmp_path)
+    loaded = VisionEncoderDecoderModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_trainer_trains_an_encoder_decoder_that_computes_its_own_mean(tmp_path):
+    """Pins the guide's advice: without it `Trainer` passes a number of labels, which the model hands on to its encoder."""
+    model = encoder_decoder("residual")
+    model.accepts_loss_kwargs = False
+    rows = [{"labels": torch.tensor([1, 2, 3]), "pixel_values": pixels(1)[0]}] * 4
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    assert Trainer(model, arguments, train_dataset=rows).train().training_loss > 0
+
+
+def test_vipllava_does_not_take_the_tower():
+    """Pins what the guide says: VipLlava always drops a first token, and the tower's is no class token."""
+    config = VipLlavaConfig(
+        vision_config=tiny_config(),
+        text_config=LlamaConfig(**LANGUAGE, vocab_size=32),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=[-1],
+    )
+    with pytest.raises((ValueError, IndexError)):
+        VipLlavaForConditionalGeneration(config)(**inputs())
