@@ -303,7 +303,7 @@ def test_an_encoder_decoder_takes_the_tower(feature_mode, tmp_path):
 
 
 def test_trainer_trains_an_encoder_decoder_that_computes_its_own_mean(tmp_path):
-    """Pins the guide's advice: without it `Trainer` passes a number of labels, which the model hands on to its encoder."""
+    """Pins the guide's advice: without it `Trainer` passes a number of labels on, and the encoder takes none."""
     model = encoder_decoder("residual")
     model.accepts_loss_kwargs = False
     rows = [{"labels": torch.tensor([1, 2, 3]), "pixel_values": pixels(1)[0]}] * 4
