@@ -85,7 +85,7 @@ class TextRenderer:
         self._line_pitch = _number("line_spacing", line_spacing, least=0.5) * self._font_height
         self._glyphs: dict[str, _Glyph | None] = {}
         self._require_room()
-        self.replacement = self._checked_replacement(replacement)
+        self._replacement = self._checked_replacement(replacement)
 
     # From text to pages
 
@@ -227,9 +227,9 @@ class TextRenderer:
             if _is_ignorable(character):
                 replaced[ord(character)] = None
             elif not self._can_draw(character):
-                replaced[ord(character)] = self.replacement
+                replaced[ord(character)] = self._replacement
                 refused.append(character)
-        if refused and self.replacement is None:
+        if refused and self._replacement is None:
             raise ValueError(_why_refused(refused, text))
         return normal.translate(replaced) if replaced else normal
 
