@@ -121,6 +121,8 @@ def test_tiles_come_in_the_container_and_order_that_were_asked_for():
     assert [tile.shape for tile in processor(page).pixel_values_local] == [(3, 64, 64)] * 2
     raw = processor(page, return_tensors="pt", do_normalize=False, do_rescale=False).pixel_values_local
     torch.testing.assert_close((raw / 255 - 0.5) / 0.5, tensors)
+    floats = processor(np.array(page) / 255, return_tensors="pt", do_rescale=False).pixel_values_local
+    torch.testing.assert_close(floats, tensors, rtol=0, atol=ROUNDING)
 
 
 def test_without_tiles_there_are_only_pixel_values():
@@ -166,6 +168,8 @@ def test_a_mode_and_a_size_that_differ_are_an_error_and_one_replaces_the_other()
     assert processor(picture(9, 9), size=512, return_tensors="pt").pixel_values.shape[-1] == 512
     assert list(processor(picture(9, 9), mode="tiny")) == ["pixel_values"]
     assert processor.mode == "gundam"
+    base = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="base")
+    assert base(picture(64, 128), do_resize=False, return_tensors="pt").pixel_values.shape == (1, 3, 64, 128)
     assert DeepSeekOCRVisionImageProcessor("deepseek-ocr", size=(1024, 512)).mode is None
 
 
