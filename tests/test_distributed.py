@@ -1,0 +1,175 @@
+"""Several processes: the losses and gradients of one process with the same batches, under DDP and FSDP2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import training_job
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from composite import build_model, build_processor
+from helpers import TOLERANCE, tiny_config
+from training_job import Job, result_of, tensors_of
+from transformers import LlavaForConditionalGeneration
+
+from deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.training.checkpoints import load_weights
+
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
+STEPS = 3
+SUBJECTS = ("classifier", "llava", "reentrant checkpointing", "checkpointing", "bfloat16")
+FSDP_SUBJECTS = ("classifier", "llava", "checkpointing", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory) -> dict[str, str]:
+    """A classifier's encoder and a LLaVA as one process saves them; everything here starts from these."""
+    folder = tmp_path_factory.mktemp("starts")
+    DeepSeekOCRVisionModel(tiny_config()).save_pretrained(folder / "classifier")
+    build_model(build_processor(page_size=128)).save_pretrained(folder / "llava")
+    return {"classifier": str(folder / "classifier"), "llava": str(folder / "llava")}
+
+
+def jobs(folder: Path, starts: dict[str, str], *, num_processes: int) -> dict[str, Job]:
+    """A job for each subject, with two samples a step however many processes there are."""
+    arguments = {"max_steps": STEPS, "per_device_train_batch_size": 2 // num_processes}
+    # Every parameter has to get a gradient in every process: DDP must not be told to bear with less.
+    arguments["ddp_find_unused_parameters"] = False
+    made = {}
+    for name in SUBJECTS:
+        model = "classifier" if name == "classifier" else "llava"
+        made[name] = Job(str(folder / name), model, arguments | {"bf16": name == "bfloat16"}, start_from=starts[model])
+        # Under this name half of the samples have no picture, and so half of the batches of one sample.
+        made[name].pictures = name != "llava"
+    for name in ("checkpointing", "reentrant checkpointing"):
+        kwargs = {"use_reentrant": name == "reentrant checkpointing"}
+        made[name].arguments |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    return made
+
+
+def launch(config: str, *todo: Job) -> None:
+    """Do jobs by `accelerate launch` with one of the examples' configurations, in two processes and in float32."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+    command += ["--num_processes", "2", "--mixed_precision", "no", training_job.__file__, training_job.as_json(*todo)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=training_job.TIME_LIMIT, check=False)
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, starts) -> dict[str, Job]:
+    """Each subject in one process."""
+    todo = jobs(tmp_path_factory.mktemp("alone"), starts, num_processes=1)
+    assert training_job.start(*todo.values()) == [0]
+    return todo
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory, starts) -> dict[str, Job]:
+    """Each subject in two processes that talk by gloo."""
+    todo = jobs(tmp_path_factory.mktemp("ddp"), starts, num_processes=2)
+    launch("two_cpus.yaml", *todo.values())
+    return todo
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory, starts) -> dict[str, Job]:
+    """Each subject in two processes that share the weights; two of them save, in FSDP's two ways."""
+    todo = jobs(tmp_path_factory.mktemp("fsdp"), starts, num_processes=2)
+    del todo["reentrant checkpointing"]
+    for job in todo.values():
+        job.fsdp = True
+        job.environment = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
+    for name in ("llava", "checkpointing"):
+        todo[name].arguments |= {"save_strategy": "steps", "save_steps": STEPS, "gradient_checkpointing": False}
+    sharded = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
+    todo["checkpointing"].environment = sharded
+    launch("fsdp2.yaml", *todo.values())
+    return todo
+
+
+def assert_same_training(actual: Job, expected: Job, tolerance: float) -> None:
+    """Losses of all steps, and all gradients of the first, agree."""
+    losses, expected_losses = ([entry["loss"] for entry in result_of(job)["log"]] for job in (actual, expected))
+    assert len(losses) == STEPS
+    assert losses == pytest.approx(expected_losses, rel=tolerance)
+    gradients, expected_gradients = (tensors_of(job, "gradients") for job in (actual, expected))
+    assert gradients.keys() == expected_gradients.keys()
+    errors = {
+        name: ((gradient - expected_gradients[name]).norm() / expected_gradients[name].norm()).item()
+        for name, gradient in gradients.items()
+    }
+    assert {name: error for name, error in errors.items() if not error < tolerance} == {}
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+
+
+def tolerance_of(name: str) -> float:
+    return TOLERANCE[torch.bfloat16 if name == "bfloat16" else torch.float32]
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_two_processes_train_as_one_does(name, alone, ddp):
+    """Pins a mean over processes instead of tokens, parameters without gradient, and checkpointing that DDP breaks."""
+    assert_same_training(ddp[name], alone[name], tolerance_of(name))
+
+
+def test_each_process_had_batches_with_and_without_pictures(ddp):
+    """Pins the test above passing because the batches that it is about never came up."""
+    first, second = result_of(ddp["llava"])["had_picture"]
+    assert {(True, False), (False, True)} & set(zip(first, second, strict=True))
+    assert (False, False) in set(zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", FSDP_SUBJECTS)
+def test_processes_that_share_the_weights_train_as_one_does(name, alone, fsdp):
+    """Pins weights that are used before they are gathered, and checkpoints that only rank 0 has read."""
+    assert_same_training(fsdp[name], alone[name], tolerance_of(name))
+
+
+def test_each_block_is_a_unit_of_its_own(fsdp):
+    """Pins `_no_split_modules` that name no class, with which all weights would be gathered at once."""
+    assert {"SamBlock", "ClipLayer", "LlamaDecoderLayer"} <= set(result_of(fsdp["llava"])["units"])
+    assert {"SamBlock", "ClipLayer"} <= set(result_of(fsdp["classifier"])["units"])
+
+
+def assert_weights(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    weights = dict(model.named_parameters())
+    assert weights.keys() == expected.keys()
+    assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("name", ["llava", "checkpointing"])
+def test_what_was_trained_under_fsdp_loads_in_one_process(name, starts, fsdp):
+    """Pins a checkpoint in pieces that only FSDP can read, and one that is loaded by halves."""
+    model = LlavaForConditionalGeneration.from_pretrained(starts["llava"])
+    load_weights(model, Path(fsdp[name].output_dir, f"checkpoint-{STEPS}"))
+    assert_weights(model, tensors_of(fsdp[name], "weights"))
+
+
+def test_a_full_checkpoint_of_fsdp_is_one_for_from_pretrained(fsdp):
+    """Pins a LLaVA saved under names that nothing translates back."""
+    folder = Path(fsdp["llava"].output_dir, f"checkpoint-{STEPS}")
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    assert_weights(model, tensors_of(fsdp["llava"], "weights"))
+
+
+# The examples' configurations
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_every_configuration(config):
+    """Pins fields that accelerate does not know, or that do not go together; it starts nothing here."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    assert defaults == load_config_from_file(str(config))
+    if not arguments.use_deepspeed:
+        assert arguments.use_fsdp == (config.stem == "fsdp2")
+        environment = prepare_multi_gpu_env(arguments)
+        assert environment["ACCELERATE_MIXED_PRECISION"] == ("no" if config.stem == "two_cpus" else "bf16")
+        return
+    arguments.deepspeed_fields_from_accelerate_config = ""
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == config.stem[-1]
