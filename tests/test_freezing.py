@@ -1,7 +1,6 @@
-"""Layer groups: one list, for freezing and for learning-rate decay."""
+"""Layer groups: which parameters are trained and which are frozen."""
 
 import pytest
-import torch
 from helpers import EVERY_FEATURE_MODE, tiny_config
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
@@ -63,13 +62,3 @@ def test_an_unknown_group_is_an_error_with_the_list_and_changes_nothing(tiny_mod
     with pytest.raises(ValueError, match=r"sam\.patch_embed, sam\.blocks.*clip\.layers"):
         tiny_model.freeze("sam", name)
     assert len(trainable(tiny_model)) == len(list(tiny_model.parameters()))
-
-
-def test_groups_serve_layer_wise_learning_rate_decay(tiny_model):
-    """Pins the other use of the list: it is what an optimizer takes."""
-    groups = tiny_model.layer_groups()
-    rates = [1e-3 * 0.9 ** (len(groups) - depth) for depth in range(len(groups))]
-    optimizer = torch.optim.AdamW(
-        [{"params": params, "lr": rate} for params, rate in zip(groups.values(), rates, strict=True)]
-    )
-    assert [group["lr"] for group in optimizer.param_groups] == sorted(rates)

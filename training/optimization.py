@@ -1,0 +1,94 @@
+"""Learning-rate decay layer by layer: what lies nearer to the pixels is changed less.
+
+As in fine-tuning BEiT (arXiv 2106.08254, section 3.2) and MAE (arXiv 2111.06377, appendix A.1), and in timm's
+`param_groups_layer_decay`, here over the encoder's own `layer_groups`, the list that freezing uses.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+# As timm's and BEiT's `no_weight_decay`: tables of positions are pulled to nothing by weight decay. In BEiT those of
+# relative positions count too.
+_POSITION_TABLES = ("pos_embed", "rel_pos_h", "rel_pos_w", "position_embedding.weight")
+
+
+def layer_decay_groups(
+    model: nn.Module, *, learning_rate: float, layer_decay: float, weight_decay: float = 0.05
+) -> list[dict[str, Any]]:
+    """The trainable parameters in groups for an optimizer, those of the encoder with smaller rates towards the pixels.
+
+    The last of an encoder's n layer groups gets `learning_rate * layer_decay`, the first one
+    `learning_rate * layer_decay ** n`; everything outside of encoders gets `learning_rate` itself. The released
+    encoder has 40 groups: 0.9 leaves 1.5 % of the rate for the first of them, 0.75, usual for 12 layers, 0.001 %.
+
+    Every trainable parameter is in one group exactly. Those that are frozen when this is called are in none: build the
+    optimizer anew after `unfreeze`.
+
+    Args:
+        model: An encoder, or any module that contains one or several, wrapped by peft or not.
+        learning_rate: Of what is outside of encoders, above 0.
+        layer_decay: Factor from each layer group to the one before it, above 0 and at most 1.
+        weight_decay: Of matrices and convolutions, at least 0. Biases, norms, single vectors such as the class token,
+            and tables of positions get none, as in BEiT and timm.
+
+    Returns:
+        Dictionaries with `params`, `lr`, `weight_decay` and `name`, which any optimizer of PyTorch takes. The name is
+        the layer group, with the encoder's place in the model in front; of what is outside, `other`.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: An argument is out of its range, or there is no encoder in `model`.
+    """
+    _check_arguments(model, learning_rate, layer_decay, weight_decay)
+    places = _places(model, layer_decay)
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group, scale = places.get(id(parameter), ("other", 1.0))
+            decays = parameter.ndim > 1 and not name.endswith(_POSITION_TABLES)
+            fields = {"name": group, "lr": learning_rate * scale, "weight_decay": weight_decay if decays else 0.0}
+            groups.setdefault((group, decays), fields | {"params": []})["params"].append(parameter)
+    return list(groups.values())
+
+
+def _check_arguments(model: Any, learning_rate: float, layer_decay: float, weight_decay: float) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` has to be a torch.nn.Module, got a {type(model).__name__}.")
+    checks = (
+        ("learning_rate", learning_rate, 0 < learning_rate < float("inf"), "a positive number"),
+        ("layer_decay", layer_decay, 0 < layer_decay <= 1, "above 0 and at most 1"),
+        ("weight_decay", weight_decay, 0 <= weight_decay < float("inf"), "0 or a positive number"),
+    )
+    for name, value, is_allowed, allowed in checks:
+        if not is_allowed:
+            raise ValueError(f"`{name}` is {value!r}; it has to be {allowed}.")
+
+
+def _places(model: nn.Module, layer_decay: float) -> dict[int, tuple[str, float]]:
+    """By a parameter's `id`, its layer group in the first encoder that has it, and the factor of its rate."""
+    places: dict[int, tuple[str, float]] = {}
+    for place, encoder in _encoders(model):
+        groups = encoder.layer_groups()
+        for depth, (name, parameters) in enumerate(groups.items()):
+            group = f"{place}.{name}" if place else name
+            for parameter in parameters:
+                places.setdefault(id(parameter), (group, layer_decay ** (len(groups) - depth)))
+    return places
+
+
+def _encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The encoders in a model, by what they can do: code that came with a checkpoint has classes of its own."""
+    found = False
+    for place, module in model.named_modules():
+        # Of its class, since peft's wrappers answer for the module that they wrap.
+        if callable(getattr(type(module), "layer_groups", None)):
+            found = True
+            yield place, module
+    if not found:
+        raise ValueError(f"`model`, a {type(model).__name__}, contains no DeepSeekOCRVisionModel, whose layers decay.")
+
+
+__all__ = ["layer_decay_groups"]
