@@ -11,10 +11,12 @@ the CLIP stage that looks: its attention can be read off a sheet. What it leaves
     page.png        a page of scans that were held out
     sheet.png       that page, and what is seen from one of its tokens
     next.png        the pixels by which that token knows which digit comes next
+    training/       encoder and answers, as `Trainer` saves them
 """
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,16 +101,28 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {"digits": float(right[..., 0][is_digit].mean()), "next_digits": float(right[..., 1][is_asked].mean())}
 
 
+def token_before_gap(labels: torch.Tensor) -> tuple[int, int]:
+    """The token nearest to the middle, of labels [H, W, 2], whose next digit is in its row but not beside it."""
+    rows, columns, _ = labels.shape
+    is_digit = labels[..., 0] < EMPTY
+
+    def from_the_middle(token: tuple[int, int]) -> float:
+        return abs(token[0] - rows / 2) + abs(token[1] - columns / 2)
+
+    has_gap = is_digit[:, :-2] & ~is_digit[:, 1:-1] & is_digit[:, 2:]
+    return min(map(tuple, has_gap.nonzero().tolist()), key=from_the_middle)
+
+
 def draw(reader: TokenReader, image_processor: DeepSeekOCRVisionImageProcessor, page: dict, folder: Path) -> None:
     """Draw a page, its sheet, and what the answer for the next digit depends on."""
     save_picture(page["image"], folder / "page.png")
     view = view_page(reader.encoder, page["image"], image_processor=image_processor)
-    row, column = token = view.richest_token()
-    save_picture(draw_sheet(view, token, title="A held-out page of handwritten digits"), folder / "sheet.png")
     labels = page["labels"].view(*view.grid, 2)
+    row, column = token = token_before_gap(labels)
+    save_picture(draw_sheet(view, token, title="A held-out page of handwritten digits"), folder / "sheet.png")
     next_digit = labels[row, column, 1]
     gradient = view.pixel_gradient(lambda tokens: reader.scores(tokens[row, column])[1].log_softmax(0)[next_digit])
-    gradient.save(folder / "next.png")
+    replace(gradient, token=token).save(folder / "next.png")
 
 
 def train(output_dir: Path, *, max_steps: int, page_size: int, seed: int) -> None:
@@ -131,10 +145,12 @@ def train(output_dir: Path, *, max_steps: int, page_size: int, seed: int) -> Non
         compute_metrics=lambda prediction: accuracy(prediction.predictions, prediction.label_ids),
     )
     trainer.train()
+    trainer.save_model()
     logger.info("held-out pages: %s", trainer.evaluate())
     reader.encoder.save_pretrained(output_dir / "encoder")
     image_processor.save_pretrained(output_dir / "encoder")
-    draw(reader, image_processor, held_out[0], output_dir)
+    emptiest = min(held_out, key=lambda page: (page["labels"][:, 0] < EMPTY).sum())
+    draw(reader, image_processor, emptiest, output_dir)
 
 
 def training_arguments(output_dir: Path, *, max_steps: int, seed: int) -> TrainingArguments:
@@ -161,7 +177,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/seeing"), help="Folder for what this makes.")
-    parser.add_argument("--max_steps", type=int, default=1500, help="Optimizer steps, of 8 pages each.")
+    parser.add_argument("--max_steps", type=int, default=1000, help="Optimizer steps, of 8 pages each.")
     parser.add_argument("--page_size", type=int, default=512, help="Side of a page in pixels, a multiple of 64.")
     parser.add_argument("--seed", type=int, default=0, help="What weights and pages are drawn from.")
     arguments = vars(parser.parse_args())

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import TOLERANCE, pixels, relative_error, tiny_config
+from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from torch import nn
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 from deepseek_ocr_vision.__main__ import main
 from deepseek_ocr_vision.visualize import draw_sheet, pca_colors, pixel_gradient, view_page
+from deepseek_ocr_vision.visualize.maps import on_grid
 
 
 GREY = (127, 127, 127)
@@ -70,10 +72,9 @@ def test_the_colours_do_not_depend_on_sign_and_rotation_of_the_tokens_space():
 def test_a_token_far_from_all_others_leaves_them_their_contrast():
     """Pins a scale from the least to the largest value, on which one such token makes all others one colour."""
     tokens = torch.randn(10, 10, 8)
-    tokens[0, 0] = 1000
-    others = pca_colors(tokens)[1:].flatten(0, 1)
-    assert others[:, 1].std() > 0.1
-    assert others[:, 2].std() > 0.1
+    tokens[..., 0] *= 10
+    tokens[0, 0, 0] = 150
+    assert pca_colors(tokens)[1:, :, 0].std() > 0.2
 
 
 def test_tokens_that_agree_are_grey_and_one_that_differs_stands_out():
@@ -98,6 +99,17 @@ def test_a_margin_decides_nothing_about_the_colours_of_the_page():
     assert torch.equal(pca_colors(tokens, on_page=on_page)[on_page], colors[on_page])
 
 
+def test_what_ends_rows_and_page_in_a_sequence_is_left_out():
+    """Pins the released sequence, whose rows are one token longer than the grid's."""
+    tokens = torch.arange(2 * 3 * 5.0).view(6, 5)
+    ends = torch.full((2, 1, 5), -1.0)
+    sequence = torch.cat([torch.cat([tokens.view(2, 3, 5), ends], dim=1).flatten(0, 1), ends[0]])
+    page = torch.zeros(3, 128, 192)
+    assert torch.equal(on_grid(sequence, page, 64), on_grid(tokens, page, 64))
+    with pytest.raises(ValueError, match="gives 8 tokens for a page of 2 x 3 squares"):
+        on_grid(sequence[1:], page, 64)
+
+
 # Similarity and attention
 
 
@@ -108,6 +120,8 @@ def test_similarity_is_1_at_the_token_and_the_cosine_elsewhere(view):
     first, second = view.tokens[1, 3], view.tokens[2, 0]
     assert values[2, 0] == pytest.approx((first @ second / (first.norm() * second.norm())).item(), abs=1e-5)
     assert view.similarity((1, 3)).limits == (values.min(), 1.0)
+    farthest = np.unravel_index(values.argmin(), values.shape)
+    assert view.similarity(farthest).values[1, 3] == pytest.approx(values.min(), abs=1e-6)
 
 
 @pytest.mark.parametrize("head", [None, 0, 3])
@@ -241,7 +255,7 @@ def test_what_is_in_a_corner_of_the_page_is_drawn_in_that_corner(tiny_model, siz
 @pytest.mark.parametrize("do_pad", [False, True])
 def test_token_and_pixel_lead_to_each_other(tiny_model, do_pad):
     """Pins the way back: from a pixel of the page to the token whose square it lies in, and to that square."""
-    page = marked_page(WIDE, "bottom left")
+    page = marked_page(WIDE, "bottom left", paper=(255, 255, 255))
     image_processor = DeepSeekOCRVisionImageProcessor(size=256, do_pad=do_pad)
     view = view_page(tiny_model, page, image_processor=image_processor)
     for x in (0, 33, 151, 299):
@@ -373,8 +387,16 @@ def test_show_says_what_is_wrong_before_it_writes(tmp_path, checkpoint, capsys, 
     assert {path.name for path in Path().iterdir()} == {"page.png", "other", "model"}
 
 
-def test_the_sheet_of_an_empty_page_is_drawn(tiny_model):
-    """Pins scales whose both ends are one number, where all tokens of a page agree."""
-    tiny_model.sam_model.pos_embed.data.zero_()
+def test_numbers_that_are_all_equal_are_drawn_as_the_lowest(view):
+    """Pins 0 / 0, which is drawn in no colour at all: a number that no pixel changes."""
+    gradient = view.pixel_gradient(lambda tokens: (tokens * 0).sum())
+    picture = np.asarray(gradient.picture(alpha=1.0)).reshape(-1, 3)
+    assert np.array_equal(np.unique(picture, axis=0), [colormaps["magma"](0.0, bytes=True)[:3]])
+
+
+def test_the_sheet_of_an_empty_and_very_high_page_is_drawn(tiny_model):
+    """Pins scales without extent, and a figure a hundred times as high as wide."""
     view = view_page(tiny_model, Image.new("RGB", (50, 2000)))
-    assert draw_sheet(view).width > 1000
+    sheet = draw_sheet(view)
+    assert 1000 < sheet.width < 2000
+    assert sheet.height < 2000

@@ -6,6 +6,7 @@ and columns of the pixels.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,14 +33,14 @@ def require_token(token: Any, grid: tuple[int, int]) -> TokenPlace:
         ValueError: It lies outside the grid.
     """
     is_pair = isinstance(token, tuple | list) and len(token) == 2
-    if not is_pair or not all(isinstance(part, int) and not isinstance(part, bool) for part in token):
+    if not is_pair or not all(isinstance(part, Integral) and not isinstance(part, bool) for part in token):
         raise TypeError(f"`token` is {token!r}; it has to be (row, column), two integers.")
     if not all(0 <= part < length for part, length in zip(token, grid, strict=True)):
         raise ValueError(
             f"`token` is {tuple(token)}, outside the grid; rows go from 0 to {grid[0] - 1}, columns from 0 to "
             f"{grid[1] - 1}."
         )
-    return tuple(token)
+    return int(token[0]), int(token[1])
 
 
 def pca_colors(tokens: torch.Tensor, *, on_page: torch.Tensor | None = None) -> torch.Tensor:
@@ -191,12 +192,15 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def on_grid(tokens: torch.Tensor, pixel_values: torch.Tensor, token_size: int) -> torch.Tensor:
-    """The tokens of one page, [N, C], in rows and columns, [H, W, C].
+    """The tokens of one page, [N, C], in rows and columns, [H, W, C], without what ends rows and page in a sequence.
 
     Raises:
         ValueError: There is not one token for each square of `token_size` x `token_size` pixels.
     """
     rows, columns = (side // token_size for side in pixel_values.shape[-2:])
+    if len(tokens) == rows * (columns + 1) + 1:
+        # The released sequence: a newline ends each row, a separator the page.
+        tokens = tokens[:-1].unflatten(0, (rows, columns + 1))[:, :columns].flatten(0, 1)
     if len(tokens) != rows * columns:
         raise ValueError(
             f"The model gives {len(tokens)} tokens for a page of {rows} x {columns} squares; what is drawn here needs "

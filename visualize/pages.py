@@ -67,8 +67,8 @@ class PageMap:
             limits: Other ends of the colours than `self.limits`, such as those of a picture to compare with.
 
         Returns:
-            A picture in RGB, as large as the page. A token is a square of one colour; of numbers one a pixel, some
-            are left out or in between where the page is larger or smaller than what the encoder read.
+            A picture in RGB, as large as the page. A token is a rectangle of one colour; numbers one a pixel are
+            interpolated where the page is of another size than what the encoder read.
 
         Raises:
             ImportError: matplotlib, which has the colours, is not installed; the colours of PCA need none.
@@ -162,7 +162,7 @@ class PageView:
         return int(row), int(column)
 
     def box(self, token: TokenPlace) -> Box:
-        """Left, top, right and bottom, on the page, of a token's square; empty if it sees nothing but margin."""
+        """Left, top, right and bottom, on the page, of a token's square; empty if nothing but margin is there."""
         row, column = require_token(token, self.grid)
         left, top, right, bottom = self.place
         side = self.model.config.patch_size
@@ -273,7 +273,8 @@ def view_page(model: Any, image: Any, *, image_processor: Any = None) -> PageVie
         model: A `DeepSeekOCRVisionModel`, in any mode, dtype and on any device. It stays as it is.
         image: One picture: a path, a PIL image, an array or a tensor.
         image_processor: What prepares it, as for `model.encode`: by default the one saved with the checkpoint or, for
-            a model that has none, the preset that belongs to its feature mode at `config.image_size`.
+            a model that has none, the preset that belongs to its feature mode at `config.image_size`. Where it cuts
+            a page into tiles as well, the view of the whole page is what is shown.
 
     Raises:
         TypeError: `model` is something else, or `image` is no picture.

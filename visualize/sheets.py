@@ -10,8 +10,9 @@ from deepseek_ocr_vision.visualize.maps import TokenPlace, require_token
 from deepseek_ocr_vision.visualize.pages import PageMap, PageView, colormap, draw_frame
 
 
-PANEL_WIDTH = 4.2  # inches
-PANEL_HEIGHTS = (2.2, 6.3)  # inches; a page that is higher or wider gets a margin
+PANEL_WIDTH = 3.7  # inches
+PANEL_HEIGHTS = (1.0, 5.6)  # inches; a page that is higher or wider gets a margin
+TITLE_HEIGHT, SCALE_WIDTH = 0.35, 0.6  # inches
 LEAST_SIDE = 1000  # pixels of a page's longer side on the sheet, so that frames are fine on small pages too
 CLOSE_UP = 1  # tokens around the chosen one
 
@@ -80,27 +81,30 @@ def _drawn(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    height = float(np.clip(PANEL_WIDTH * height_to_width, *PANEL_HEIGHTS)) + 0.35
-    figure = Figure(figsize=(3 * PANEL_WIDTH, 2 * height + 0.4), dpi=110, layout="constrained")
+    height = float(np.clip(PANEL_WIDTH * height_to_width, *PANEL_HEIGHTS)) + TITLE_HEIGHT
+    size = (3 * (PANEL_WIDTH + SCALE_WIDTH), 2 * height + TITLE_HEIGHT)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
     for axes, (picture, caption, shown) in zip(figure.subplots(2, 3).flat, panels, strict=True):
         axes.imshow(picture)
         axes.set(xticks=[], yticks=[])
         axes.set_title(caption, fontsize=10)
         axes.spines[:].set_color("#bbbbbb")
         if shown is not None and shown.values.ndim == 2:
-            _draw_scale(figure, axes, shown)
+            _draw_scale(figure, axes, shown, picture)
     figure.suptitle(title)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _draw_scale(figure: Any, axes: Any, shown: PageMap) -> None:
+def _draw_scale(figure: Any, axes: Any, shown: PageMap, picture: Image.Image) -> None:
     """Draw which number has which colour, as pale as over white paper."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     scale = ScalarMappable(Normalize(*shown.limits), colormap(shown.colormap))
-    bar = figure.colorbar(scale, ax=axes, alpha=shown.alpha, fraction=0.046, pad=0.02)
+    # Length to width of a bar that is as high as the picture beside it.
+    aspect = 20 * picture.height / picture.width
+    bar = figure.colorbar(scale, ax=axes, alpha=shown.alpha, fraction=0.046, pad=0.02, aspect=aspect)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8)
