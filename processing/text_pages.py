@@ -346,7 +346,7 @@ def _why_refused(characters: list[str], text: str, most: int = 10) -> str:
         where = f" at {position}" if position >= 0 else ""
         return f"{_named(character)}{where}{', which needs shaping' * _needs_shaping(character)}"
 
-    listed = "; ".join(map(described, characters[:most]))
+    listed = "; ".join(map(described, sorted(characters, key=text.find)[:most]))
     more = f"; and {len(characters) - most} more" * (len(characters) > most)
     return (
         f"These characters cannot be drawn: {listed}{more}. Give a `font` that has them, or a `replacement`; scripts "
