@@ -77,6 +77,8 @@ def _sheets(pages: Sequence[Path], out: str | None) -> list[Path]:
         if not page.is_file():
             raise FileNotFoundError(f"There is no page {page}.")
     is_folder = out is None or len(pages) > 1 or out.endswith(("/", os.sep)) or Path(out).is_dir()
+    if is_folder and out is not None and Path(out).is_file():
+        raise NotADirectoryError(f"{out} is a file; {len(pages)} pages need a folder.")
     targets = [Path(out or ".") / f"{page.stem}-sheet.png" for page in pages] if is_folder else [Path(out)]
     for index, target in enumerate(targets):
         require_picture_suffix(target)
@@ -88,8 +90,11 @@ def _sheets(pages: Sequence[Path], out: str | None) -> list[Path]:
 
 
 def _token(text: str) -> tuple[int, int]:
-    row, column = text.split(",")
-    return int(row), int(column)
+    try:
+        row, column = map(int, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COL, such as 3,5") from error
+    return row, column
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

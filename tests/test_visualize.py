@@ -255,17 +255,25 @@ def test_what_is_in_a_corner_of_the_page_is_drawn_in_that_corner(tiny_model, siz
 @pytest.mark.parametrize("do_pad", [False, True])
 def test_token_and_pixel_lead_to_each_other(tiny_model, do_pad):
     """Pins the way back: from a pixel of the page to the token whose square it lies in, and to that square."""
-    page = marked_page(WIDE, "bottom left", paper=(255, 255, 255))
     image_processor = DeepSeekOCRVisionImageProcessor(size=256, do_pad=do_pad)
-    view = view_page(tiny_model, page, image_processor=image_processor)
+    view = view_page(tiny_model, Image.new("RGB", WIDE), image_processor=image_processor)
     for x in (0, 33, 151, 299):
         for y in (0, 59, 60, 119):
             left, top, right, bottom = view.box(view.token_at(x, y))
             assert left <= x < right
             assert top <= y < bottom
     assert view.token_at(299, 119) == ((2, 3) if do_pad else (3, 3))
-    assert view.richest_token() == view.token_at(10, 110)
     assert view.on_page.sum() == (8 if do_pad else 16)
+
+
+@pytest.mark.parametrize("do_pad", [False, True])
+def test_the_richest_token_has_the_mark_and_not_the_edge_of_the_page(tiny_model, do_pad):
+    """Pins the step from the paper to the margin, larger than that from the paper to a pale mark."""
+    page = Image.new("RGB", WIDE, "white")
+    ImageDraw.Draw(page).rectangle((200, 70, 219, 89), fill=(200, 200, 200))
+    image_processor = DeepSeekOCRVisionImageProcessor(size=256, do_pad=do_pad)
+    view = view_page(tiny_model, page, image_processor=image_processor)
+    assert view.richest_token() == view.token_at(210, 80)
 
 
 def test_a_tokens_square_is_drawn_where_its_box_is(tiny_model):
@@ -376,14 +384,19 @@ def test_show_says_what_is_wrong_before_it_writes(tmp_path, checkpoint, capsys, 
         (["page.png", *model, "--layer", "7"], "`layer` is 7"),
         (["page.png", *model, "--out", "sheet.txt"], "no picture format"),
         (["page.png", "other/page.png", *model], "page-sheet.png twice"),
+        (["page.png", "page.png", *model, "--out", "page.png"], "page.png is a file; 2 pages need a folder"),
         (["page.png", "--model", "other"], "other"),
     ):
         assert main(["show", *arguments]) == 1
         assert expected in capsys.readouterr().err
-    for arguments in (["page.png"], ["page.png", *model, "--token", "3"]):
+    for arguments, expected in (
+        (["page.png"], "--model"),
+        (["page.png", *model, "--token", "3"], "'3' is not ROW,COL"),
+    ):
         with pytest.raises(SystemExit) as end:
             main(["show", *arguments])
         assert end.value.code == 2
+        assert expected in capsys.readouterr().err
     assert {path.name for path in Path().iterdir()} == {"page.png", "other", "model"}
 
 
