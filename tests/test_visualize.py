@@ -110,6 +110,17 @@ def test_what_ends_rows_and_page_in_a_sequence_is_left_out():
         on_grid(sequence[1:], page, 64)
 
 
+def test_a_page_that_is_cut_into_tiles_is_shown_whole():
+    """Pins the tokens of tiles, and the marks of the sequence, among those of the page."""
+    model = DeepSeekOCRVisionModel(tiny_config(feature_mode="sequence"))
+    image_processor = DeepSeekOCRVisionImageProcessor("deepseek-ocr", size=256, tile_size=128)
+    view = view_page(model, Image.new("RGB", WIDE), image_processor=image_processor)
+    expected = model(view.pixel_values[None]).last_hidden_state[0]
+    assert view.grid == (4, 4)
+    assert relative_error(view.tokens[1, 0], expected[5]) < TOLERANCE[torch.float32]
+    assert view.pixel_gradient((1, 0)).values.shape == (256, 256)
+
+
 # Similarity and attention
 
 
