@@ -1,5 +1,7 @@
 """Seeing what the encoder sees: the numbers, their place on the page, the sheet and the command."""
 
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -352,6 +354,15 @@ def test_a_mistake_is_told(view, ask, error, message):
     """Pins what a caller gets wrong: a message with the value and what is allowed, not an index error."""
     with pytest.raises(error, match=message):
         ask(view)
+
+
+def test_without_matplotlib_the_colours_of_pca_are_there_and_others_say_what_to_install(view, monkeypatch):
+    """Pins an installation without the extra `train`."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert view.pca().picture().size == view.page.size
+    for ask in (view.similarity((0, 0)).picture, lambda: draw_sheet(view)):
+        with pytest.raises(ImportError, match=re.escape("pip install 'deepseek-ocr-vision[train]'")):
+            ask()
 
 
 def test_weights_that_are_no_numbers_are_told(tiny_model):
