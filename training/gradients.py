@@ -227,12 +227,15 @@ def _draw(rows: list[GradientRow], path: str | os.PathLike) -> None:
         _draw_state(axes, rows, state)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize="small")
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("norm of the gradient")
+    axes.set_xlabel("norm of the gradient", fontsize="small")
+    # Turned, it reads from the loss to the pixels, and its arrow points there.
+    axes.set_ylabel("backward pass  \N{RIGHTWARDS ARROW}", fontsize="small")
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="x", labelsize="small")
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside upper center", ncols=len(MARKS), frameon=False, fontsize="small")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
 def _set_scale(axes: Any, rows: list[GradientRow]) -> None:
@@ -250,10 +253,14 @@ def _has_norm(row: GradientRow) -> bool:
 
 def _shade_encoders(axes: Any, rows: list[GradientRow]) -> None:
     """Mark which of the groups are an encoder's."""
+    color = MARKS["with gradient"][0]
     for encoder, run in groupby(enumerate(rows), key=lambda pair: pair[1].encoder):
         if encoder is not None:
             indices = [index for index, _ in run]
-            axes.axhspan(indices[0] - 0.5, indices[-1] + 0.5, color=MARKS["with gradient"][0], alpha=0.06, linewidth=0)
+            axes.axhspan(indices[0] - 0.5, indices[-1] + 0.5, color=color, alpha=0.06, linewidth=0)
+            style = {"color": color, "fontsize": "small", "rotation": "vertical", "ha": "left", "va": "center"}
+            middle = (indices[0] + indices[-1]) / 2
+            axes.text(1.01, middle, "encoder", transform=axes.get_yaxis_transform(), **style)
 
 
 def _draw_state(axes: Any, rows: list[GradientRow], state: State) -> None:
