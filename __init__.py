@@ -1,21 +1,43 @@
 """The DeepSeek-OCR vision encoder as an ordinary, trainable Hugging Face model.
 
 Importing the package registers its classes with transformers' `AutoConfig`, `AutoModel`, `AutoImageProcessor` and
-`AutoProcessor`.
+`AutoProcessor`. Pictures of what an encoder sees are in `deepseek_ocr_vision.visualize`.
 """
 
 from deepseek_ocr_vision.configuration import (
+    MODES,
     PRESETS,
     DeepSeekOCRVisionClipConfig,
     DeepSeekOCRVisionConfig,
     DeepSeekOCRVisionSamConfig,
+    Mode,
     Preset,
 )
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionProcessor
+from deepseek_ocr_vision.processing import (
+    DeepSeekOCRVisionImageProcessor,
+    DeepSeekOCRVisionProcessor,
+    text_to_pages,
+)
+from deepseek_ocr_vision.training import (
+    LORA_TARGETS,
+    FeatureCollator,
+    GradientReport,
+    ImageTextCollator,
+    gradient_report,
+    last_complete_checkpoint,
+    layer_decay_groups,
+    load_weights,
+    make_resumable,
+    precompute_features,
+    precomputed_features,
+    resume,
+)
 
 
 __all__ = [
+    "LORA_TARGETS",
+    "MODES",
     "PRESETS",
     "DeepSeekOCRVisionClipConfig",
     "DeepSeekOCRVisionConfig",
@@ -23,5 +45,18 @@ __all__ = [
     "DeepSeekOCRVisionModel",
     "DeepSeekOCRVisionProcessor",
     "DeepSeekOCRVisionSamConfig",
+    "FeatureCollator",
+    "GradientReport",
+    "ImageTextCollator",
+    "Mode",
     "Preset",
+    "gradient_report",
+    "last_complete_checkpoint",
+    "layer_decay_groups",
+    "load_weights",
+    "make_resumable",
+    "precompute_features",
+    "precomputed_features",
+    "resume",
+    "text_to_pages",
 ]

@@ -75,6 +75,8 @@ _FEATURES = {
     "residual": "`tokens + CLIP(tokens)`, as the package `deepseek-ocr-encoder` computes them",
     "concat": "`concat(CLIP(tokens), tokens)`, as the released model has them before its projector",
     "projected": "`concat(CLIP(tokens), tokens)` after the released projector, as DeepSeek-OCR's decoder reads them",
+    "sequence": "`concat(CLIP(tokens), tokens)` after the released projector, with the learned `image_newline` after "
+    "each row and `view_seperator` at the end, as the sequence of DeepSeek-OCR's decoder has them",
 }
 _ADVICE = {
     401: "Log in with `hf auth login`, or set HF_TOKEN to a token that can write there.",
@@ -273,11 +275,16 @@ def _shapes(model: DeepSeekOCRVisionModel, image_processor: DeepSeekOCRVisionIma
     geometry = "left in their size, whose sides have to be multiples of 64"
     if image_processor.do_resize:
         height, width = size["height"], size["width"]
-        tokens, page = image_processor.num_image_tokens(height, width), f"{height} x {width}"
+        # A page of this size; where there are tiles, a picture that is larger has more tokens.
+        small = min(height, width, image_processor.tile_size or height)
+        tokens = image_processor.num_image_tokens(small, small, feature_mode=config.feature_mode)
+        page = f"{height} x {width}"
         pads = image_processor.do_pad
         pads = PRESETS[image_processor.preset].pads(height, width) if pads is None else pads
         geometry = f"fitted into {page} pixels, the rest grey" if pads else f"stretched to {page} pixels"
+    marks = ", a newline after each row, a separator at the end" if config.feature_mode == "sequence" else ""
     return {
+        "order": f"row by row{marks}",
         "pixel_shape": f"[1, {config.num_channels}, {height}, {width}]",
         "token_shape": f"[1, {tokens}, {config.hidden_size}]",
         "page": page,

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers import FEATURE_MODES, tiny_config
+from helpers import EVERY_FEATURE_MODE, tiny_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -38,13 +38,15 @@ def test_a_model_trained_from_scratch_has_no_base_model(tmp_path):
     assert "trained from scratch" in card
 
 
-@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+@pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
 def test_shapes_and_preset_are_the_checkpoints(tmp_path, feature_mode):
     """Pins a card that describes another feature mode than the weights have."""
     card = staged_card(tmp_path, feature_mode=feature_mode)
     width = tiny_config(feature_mode=feature_mode).hidden_size
     preset = "deepseek-ocr-encoder" if feature_mode == "residual" else "deepseek-ocr"
-    assert f"# [1, 4, {width}], with gradients" in card
+    # In a sequence, rows of 2 and a newline, twice, and a separator.
+    num_tokens = 7 if feature_mode == "sequence" else 4
+    assert f"# [1, {num_tokens}, {width}], with gradients" in card
     assert "# [1, 3, 128, 128]" in card
     assert f"Feature mode `{feature_mode}`" in card
     assert f"Preset `{preset}`: pages are stretched to 128 x 128 pixels" in card
