@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from composite import build_model, build_processor
-from helpers import TOLERANCE, tiny_config
+from helpers import FEATURE_MODES, TOLERANCE, pixels, relative_error, tiny_config
 from training_job import Job, result_of, tensors_of
 from transformers import LlavaForConditionalGeneration
 
@@ -51,14 +52,6 @@ def jobs(folder: Path, starts: dict[str, str], *, num_processes: int) -> dict[st
     return made
 
 
-def launch(config: str, *todo: Job) -> None:
-    """Do jobs by `accelerate launch` with one of the examples' configurations, in two processes and in float32."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-    command += ["--num_processes", "2", "--mixed_precision", "no", training_job.__file__, training_job.as_json(*todo)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=training_job.TIME_LIMIT, check=False)
-    assert process.returncode == 0, process.stderr
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, starts) -> dict[str, Job]:
     """Each subject in one process."""
@@ -69,10 +62,19 @@ def alone(tmp_path_factory, starts) -> dict[str, Job]:
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory, starts) -> dict[str, Job]:
-    """Each subject in two processes that talk by gloo."""
+    """Each subject in two processes that talk by gloo, started by `accelerate launch`."""
     todo = jobs(tmp_path_factory.mktemp("ddp"), starts, num_processes=2)
-    launch("two_cpus.yaml", *todo.values())
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "two_cpus.yaml")]
+    command += [training_job.__file__, training_job.as_json(*todo.values())]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=training_job.TIME_LIMIT, check=False)
+    assert process.returncode == 0, process.stderr
     return todo
+
+
+def launcher_arguments(config: str, *options: str) -> Namespace:
+    """What `accelerate launch` makes of one of the examples' configurations."""
+    arguments = ["--config_file", str(CONFIGS / config), *options, "train.py"]
+    return _validate_launch_command(launch_command_parser().parse_args(arguments))[0]
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +82,17 @@ def fsdp(tmp_path_factory, starts) -> dict[str, Job]:
     """Each subject in two processes that share the weights; two of them save, in FSDP's two ways."""
     todo = jobs(tmp_path_factory.mktemp("fsdp"), starts, num_processes=2)
     del todo["reentrant checkpointing"]
+    environment = prepare_multi_gpu_env(launcher_arguments("fsdp2.yaml", "--mixed_precision", "no"))
     for job in todo.values():
         job.fsdp = True
-        job.environment = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
+        job.environment = {name: environment[name] for name in environment if name.startswith(("FSDP", "ACCELERATE"))}
     for name in ("llava", "checkpointing"):
         todo[name].arguments |= {"save_strategy": "steps", "save_steps": STEPS, "gradient_checkpointing": False}
     sharded = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
-    todo["checkpointing"].environment = sharded
-    launch("fsdp2.yaml", *todo.values())
+    todo["checkpointing"].environment |= sharded
+    # transformers 5.0 does not collect these for a LLaVA.
+    todo["bfloat16"].environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "SamBlock,ClipLayer,LlamaDecoderLayer"
+    assert training_job.start(*todo.values(), num_processes=2) == [0, 0]
     return todo
 
 
@@ -97,13 +102,17 @@ def assert_same_training(actual: Job, expected: Job, tolerance: float) -> None:
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected_losses, rel=tolerance)
     gradients, expected_gradients = (tensors_of(job, "gradients") for job in (actual, expected))
-    assert gradients.keys() == expected_gradients.keys()
-    errors = {
-        name: ((gradient - expected_gradients[name]).norm() / expected_gradients[name].norm()).item()
-        for name, gradient in gradients.items()
-    }
-    assert {name: error for name, error in errors.items() if not error < tolerance} == {}
-    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    assert gradient_errors(gradients, expected_gradients, tolerance) == {}
+
+
+def gradient_errors(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
+) -> dict[str, float]:
+    """How far gradients are off, relative to their norm, where that is too far."""
+    assert actual.keys() == expected.keys()
+    assert {gradient.dtype for gradient in actual.values()} == {torch.float32}
+    errors = {name: ((actual[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected}
+    return {name: error for name, error in errors.items() if not error < tolerance}
 
 
 def tolerance_of(name: str) -> float:
@@ -131,7 +140,7 @@ def test_processes_that_share_the_weights_train_as_one_does(name, alone, fsdp):
 
 def test_each_block_is_a_unit_of_its_own(fsdp):
     """Pins `_no_split_modules` that name no class, with which all weights would be gathered at once."""
-    assert {"SamBlock", "ClipLayer", "LlamaDecoderLayer"} <= set(result_of(fsdp["llava"])["units"])
+    assert {"SamBlock", "ClipLayer", "LlamaDecoderLayer"} <= set(result_of(fsdp["bfloat16"])["units"])
     assert {"SamBlock", "ClipLayer"} <= set(result_of(fsdp["classifier"])["units"])
 
 
@@ -159,17 +168,35 @@ def test_a_full_checkpoint_of_fsdp_is_one_for_from_pretrained(fsdp):
 # The examples' configurations
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_accelerate_takes_every_configuration(config):
     """Pins fields that accelerate does not know, or that do not go together; it starts nothing here."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
-    arguments, defaults, _ = _validate_launch_command(arguments)
-    assert defaults == load_config_from_file(str(config))
+    assert load_config_from_file(str(CONFIGS / config)).num_processes in (2, 8, 16)
+    arguments = launcher_arguments(config)
     if not arguments.use_deepspeed:
-        assert arguments.use_fsdp == (config.stem == "fsdp2")
+        assert arguments.use_fsdp == (config == "fsdp2.yaml")
         environment = prepare_multi_gpu_env(arguments)
-        assert environment["ACCELERATE_MIXED_PRECISION"] == ("no" if config.stem == "two_cpus" else "bf16")
+        assert environment["ACCELERATE_MIXED_PRECISION"] == ("no" if config == "two_cpus.yaml" else "bf16")
         return
     arguments.deepspeed_fields_from_accelerate_config = ""
     _, environment = prepare_deepspeed_cmd_env(arguments)
-    assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == config.stem[-1]
+    assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == config[len("deepspeed_zero")]
+
+
+# Mixed precision
+
+
+@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+def test_tables_that_are_resized_keep_their_precision_under_autocast(feature_mode):
+    """Pins positions that autocast resizes in bfloat16, and gradients of float32 weights that are rounded."""
+    model = DeepSeekOCRVisionModel(tiny_config(feature_mode=feature_mode))
+    pixel_values = pixels(1, 192, 256)  # 3 x 4 tokens, where the tables are laid out for 2 x 2
+    gradients, tokens = [], []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            tokens.append(model(pixel_values).last_hidden_state)
+        tokens[-1].float().square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert relative_error(tokens[1], tokens[0]) < TOLERANCE[torch.bfloat16]
+    assert gradient_errors(gradients[1], gradients[0], TOLERANCE[torch.bfloat16]) == {}

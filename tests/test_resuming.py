@@ -98,6 +98,14 @@ def test_a_missing_shard_is_named(run):
     assert why_incomplete(folder) == "model.safetensors.index.json is missing"
 
 
+def test_what_an_interrupted_save_left_aside_does_not_count(run):
+    """Pins a checkpoint that was saved again, whole, and still counts as cut off."""
+    aside = Path(run.output_dir, "checkpoint-4", ".cache", "huggingface", "deepseek_ocr_vision-1")
+    aside.mkdir(parents=True)
+    (aside / "model.safetensors").write_bytes(b"half")
+    assert last_complete_checkpoint(run.output_dir).endswith("checkpoint-4")
+
+
 def test_a_folder_without_checkpoints_has_none(tmp_path):
     """Pins a crash at the first start, and at folders that somebody else made."""
     assert last_complete_checkpoint(tmp_path / "new") is None

@@ -85,7 +85,7 @@ def why_incomplete(checkpoint: str | os.PathLike, *, num_processes: int = 1) -> 
     folder = Path(checkpoint)
     reasons = (
         _fault_of_state(folder),
-        *(_fault_of_file(file) for file in sorted(folder.rglob("*")) if file.is_file()),
+        *(_fault_of_file(file) for file in _files(folder)),
         _fault_of_weights(folder),
         _fault_of_optimizer(folder, num_processes),
         _fault_of_random_states(folder, num_processes),
@@ -116,6 +116,12 @@ def _fault_of_state(folder: Path) -> str | None:
     if folder.name.startswith(_PREFIX) and folder.name != f"{_PREFIX}{step}":
         return f"{STATE_FILE} is that of step {step}"
     return None
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a checkpoint, less what saves that were interrupted have left in hidden folders."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parent.parts)]
 
 
 def _fault_of_file(file: Path) -> str | None:
