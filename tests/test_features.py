@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers import ROOT, run_python, tiny_config
 from PIL import Image
 from torch import nn
@@ -304,6 +305,19 @@ def test_a_full_disk_leaves_what_was_finished(tiny_model, tmp_path):
     assert counted.since_asked() == 2
 
 
+def test_what_a_killed_process_began_to_write_goes_and_what_another_writes_stays(tiny_model, tmp_path):
+    """Pins leftovers of work that never comes again, as after a change of the dataset."""
+    compute(pages(0), tiny_model, tmp_path)
+    (folder,) = tmp_path.glob("*/.work")
+    dead, alive = folder / "dead.tmp", folder / "alive.tmp"
+    dead.touch()
+    alive.touch()
+    with FileLock(folder / "alive.lock"):
+        compute(pages(0), tiny_model, tmp_path)
+    assert not dead.exists()
+    assert alive.exists()
+
+
 def test_a_damaged_file_is_named(tiny_model, tmp_path):
     """Pins a file cut off by other means, whose rows must not pass for stored."""
     compute(pages(0, 1), tiny_model, tmp_path)
@@ -328,6 +342,16 @@ def test_a_bad_picture_is_an_error_with_its_row(tiny_model, tmp_path, row, words
     """Pins errors by which the picture is found again."""
     with pytest.raises(OSError, match=rf"Row 1, column 'image': .*{words}"):
         compute(broken_pages().select([0, row]), tiny_model, tmp_path)
+
+
+def test_a_file_that_changes_while_features_are_computed_is_an_error(tiny_model, tmp_path):
+    """Pins tokens stored under the key of another picture."""
+    paths = [tmp_path / f"{row}.png" for row in range(3)]
+    for seed, path in enumerate(paths):
+        path.write_bytes(file(seed))
+    tiny_model.register_forward_hook(lambda *_: paths[2].write_bytes(file(7)) and None)
+    with pytest.raises(ValueError, match=r"Row 2.*changed"):
+        compute(datasets.Dataset.from_dict({"image": [str(path) for path in paths]}), tiny_model, tmp_path / "cache")
 
 
 def test_bad_pictures_are_left_out_on_request_and_named(tiny_model, tmp_path, caplog):
@@ -466,7 +490,8 @@ def test_a_composite_takes_pictures_and_features_alike(llava, processor, tmp_pat
     expected = llava(**pictures).logits
     with precomputed_features(llava, stored) as inside:
         assert inside is llava
-        assert torch.equal(llava(**pictures).logits, expected)
+        with precomputed_features(llava, stored):
+            assert torch.equal(llava(**pictures).logits, expected)
         tolerance = 1e-6 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(llava(**features).logits, expected, rtol=0, atol=tolerance)
         del features["labels"]
@@ -543,3 +568,20 @@ def test_features_of_a_wrong_kind_are_errors(llava, processor, tmp_path):
             llava.model.vision_tower(torch.zeros(1, 4, 16))
         with pytest.raises(ValueError, match="output_attentions"):
             llava.model.vision_tower(torch.zeros(1, 4, 32), output_attentions=True)
+
+
+def test_a_composite_trains_on_pages_in_tiles(llava, processor, tmp_path):
+    """Pins inputs beside `pixel_values`, pictures with different numbers of tiles, and a LLaVA, which can be given no
+    tiles of a picture but can be given their tokens.
+    """
+    processor.image_processor = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="gundam")
+    pictures = [picture(0, 700, 1300), picture(1, 300, 300)]
+    rows = [{"image": each, "text": "<image>a"} for each in pictures]
+    tower = llava.model.vision_tower
+    stored = compute(datasets.Dataset.from_list(rows), tower, tmp_path, processor=processor, batch_size=2)
+    expected = tower.encode(pictures, image_processor=processor.image_processor)
+    assert [len(tokens) for tokens in expected] == [2 * 100 + 256, 256]
+    assert all(map(torch.equal, stored["features"], expected))
+    batch = FeatureCollator(processor)(list(stored))
+    with precomputed_features(llava, stored):
+        assert llava(**batch).loss.isfinite()
