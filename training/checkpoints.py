@@ -15,13 +15,18 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
+
+
+if TYPE_CHECKING:
+    # Whoever has a `Trainer` has imported it; others need not wait for it.
+    from transformers import Trainer, TrainerState, TrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -342,7 +347,7 @@ def _load_adapter(model: nn.Module, folder: Path) -> None:
 # Going on
 
 
-def resume(trainer: Trainer, *, checkpoint: str | os.PathLike | None = None) -> TrainerState:
+def resume(trainer: "Trainer", *, checkpoint: str | os.PathLike | None = None) -> "TrainerState":
     """Train, going on where the run was cut off; the losses are those of a run that never was.
 
     Goes on from the newest complete checkpoint in `trainer.args.output_dir`, and starts where there is none. A run
@@ -367,7 +372,7 @@ def resume(trainer: Trainer, *, checkpoint: str | os.PathLike | None = None) -> 
         trainer.train()
         return trainer.state
     logger.info("Going on from %s.", found)
-    state = TrainerState.load_from_json(os.path.join(found, STATE_FILE))
+    state = type(trainer.state).load_from_json(os.path.join(found, STATE_FILE))
     if _is_finished(state, trainer.args):
         wants_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
         load_weights(trainer.model, state.best_model_checkpoint if wants_best else found)
@@ -380,7 +385,7 @@ def resume(trainer: Trainer, *, checkpoint: str | os.PathLike | None = None) -> 
     return trainer.state
 
 
-def _checkpoint_to_resume(arguments: TrainingArguments, requested: str | os.PathLike | None) -> str | None:
+def _checkpoint_to_resume(arguments: "TrainingArguments", requested: str | os.PathLike | None) -> str | None:
     """The checkpoint asked for if a run can go on from it, or the newest one that is whole."""
     if requested is None:
         return last_complete_checkpoint(arguments.output_dir, num_processes=arguments.world_size)
@@ -394,7 +399,7 @@ def _checkpoint_to_resume(arguments: TrainingArguments, requested: str | os.Path
     return str(requested)
 
 
-def _is_finished(state: TrainerState, arguments: TrainingArguments) -> bool:
+def _is_finished(state: "TrainerState", arguments: "TrainingArguments") -> bool:
     """Whether a run has done all that its arguments, which may ask for more than they once did, ask for."""
     if arguments.max_steps > 0:
         return state.global_step >= arguments.max_steps
