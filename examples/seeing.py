@@ -16,6 +16,7 @@ the CLIP stage that looks: its attention can be read off a sheet. What it leaves
 
 import argparse
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +24,12 @@ import numpy as np
 import torch
 from composite import build_image_processor, encoder_config
 from pages import SPLITS, HandwrittenPages, split_scans
+from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
-from deepseek_ocr_vision.visualize import draw_sheet, view_page
+from deepseek_ocr_vision.visualize import PageView, draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import save_picture
 
 
@@ -44,13 +46,13 @@ class LabelledPages(HandwrittenPages):
 
     def __getitem__(self, index: int) -> dict:
         """Page `index`: `image`, and `labels` [N, 2]; nothing comes next for the last digit and for empty squares."""
-        rng = np.random.default_rng([*self.stream, index])
-        digits = self.choose_digits(rng)
+        page = super().__getitem__(index)
+        digits = self.choose_digits(np.random.default_rng([*self.stream, index]))
         labels = np.tile([EMPTY, NOT_ASKED], (len(self.rows()) ** 2, 1))
         squares = [row * len(self.rows()) + column for (row, column), _ in digits]
         labels[squares, 0] = [self.scans.digits[scan] for _, scan in digits]
         labels[squares[:-1], 1] = labels[squares[1:], 0]
-        return {"image": self.draw(rng, digits), "labels": torch.from_numpy(labels)}
+        return {"image": page["image"], "labels": torch.from_numpy(labels)}
 
 
 class TokenReader(nn.Module):
@@ -101,28 +103,39 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {"digits": float(right[..., 0][is_digit].mean()), "next_digits": float(right[..., 1][is_asked].mean())}
 
 
-def token_before_gap(labels: torch.Tensor) -> tuple[int, int]:
-    """The token nearest to the middle, of labels [H, W, 2], whose next digit is in its row but not beside it."""
-    rows, columns, _ = labels.shape
-    is_digit = labels[..., 0] < EMPTY
+def num_digits(page: dict) -> int:
+    """Number of digits on a page."""
+    return int((page["labels"][:, 0] < EMPTY).sum())
 
-    def from_the_middle(token: tuple[int, int]) -> float:
-        return abs(token[0] - rows / 2) + abs(token[1] - columns / 2)
 
+def choose_token(reader: TokenReader, view: PageView, labels: torch.Tensor) -> tuple[int, int]:
+    """The token nearest to the middle whose next digit is two squares on; first of all one that tells it right."""
+    is_digit = labels[..., 0] < EMPTY  # [H, W]
     has_gap = is_digit[:, :-2] & ~is_digit[:, 1:-1] & is_digit[:, 2:]
-    return min(map(tuple, has_gap.nonzero().tolist()), key=from_the_middle)
+    is_told = (reader.scores(view.tokens).argmax(dim=-1) == labels)[..., 1]
+    middle = (len(labels) / 2, len(labels) / 2)
+    tokens = [tuple(token) for token in has_gap.nonzero().tolist()]
+    if not tokens:
+        raise ValueError("No digit on the page has an empty square and a digit after it; take a larger --page_size.")
+    return min(tokens, key=lambda token: (not is_told[token], math.dist(token, middle)))
 
 
 def draw(reader: TokenReader, image_processor: DeepSeekOCRVisionImageProcessor, page: dict, folder: Path) -> None:
-    """Draw a page, its sheet, and what the answer for the next digit depends on."""
-    save_picture(page["image"], folder / "page.png")
+    """Draw a page, its sheet, and what a token's answer for the next digit depends on."""
     view = view_page(reader.encoder, page["image"], image_processor=image_processor)
     labels = page["labels"].view(*view.grid, 2)
-    row, column = token = token_before_gap(labels)
-    save_picture(draw_sheet(view, token, title="A held-out page of handwritten digits"), folder / "sheet.png")
+    row, column = token = choose_token(reader, view, labels)
     next_digit = labels[row, column, 1]
     gradient = view.pixel_gradient(lambda tokens: reader.scores(tokens[row, column])[1].log_softmax(0)[next_digit])
-    replace(gradient, token=token).save(folder / "next.png")
+    save_in_256_colors(page["image"], folder / "page.png")
+    sheet = draw_sheet(view, token, layer=0, title="A held-out page of handwritten digits")
+    save_in_256_colors(sheet, folder / "sheet.png")
+    save_in_256_colors(replace(gradient, token=token).picture(), folder / "next.png")
+
+
+def save_in_256_colors(picture: Image.Image, path: Path) -> None:
+    """Write a picture in half the bytes; it is dithered, so that no edges come where colours pass into each other."""
+    save_picture(picture.quantize(palette=picture.quantize(), dither=Image.Dither.FLOYDSTEINBERG), path)
 
 
 def train(output_dir: Path, *, max_steps: int, page_size: int, seed: int) -> None:
@@ -149,8 +162,8 @@ def train(output_dir: Path, *, max_steps: int, page_size: int, seed: int) -> Non
     logger.info("held-out pages: %s", trainer.evaluate())
     reader.encoder.save_pretrained(output_dir / "encoder")
     image_processor.save_pretrained(output_dir / "encoder")
-    emptiest = min(held_out, key=lambda page: (page["labels"][:, 0] < EMPTY).sum())
-    draw(reader, image_processor, emptiest, output_dir)
+    # An empty page is easier to look at.
+    draw(reader, image_processor, min(held_out, key=num_digits), output_dir)
 
 
 def training_arguments(output_dir: Path, *, max_steps: int, seed: int) -> TrainingArguments:

@@ -252,7 +252,7 @@ class PageView:
         token = None if callable(target) else target
         what = "the number" if token is None else "the token's norm"
         title = f"pixels that {what} depends on: gradient" + " x input" * times_input
-        return PageMap(values.numpy(), self, title, "magma", (0.0, _highest(values)), 0.85, token)
+        return PageMap(values.numpy(), self, title, "magma", (0.0, _highest(values)), 0.8, token)
 
     def _is_page(self) -> torch.Tensor:
         """Which pixels that the encoder read are the page, [h, w]; the others are a margin."""
