@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FEATURE_MODES, assert_same_weights, run_python, tiny_config
+from helpers import EVERY_FEATURE_MODE, assert_same_weights, run_python, tiny_config
 from hub_server import HubServer
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
@@ -230,9 +230,9 @@ def test_a_disk_that_is_full_is_an_error_that_names_the_folder_and_changes_nothi
     assert files_in(tmp_path) == set(before)
 
 
-@pytest.mark.parametrize("first", range(1, 12, 2))
+@pytest.mark.parametrize("first", range(1, 14))
 def test_a_disk_that_is_full_from_some_point_on_leaves_one_of_the_two_models(tmp_path, first):
-    """Pins an error between the exchange of the weights and that of the configuration."""
+    """Pins an error when the configuration is exchanged already, and the weights have not their usual names yet."""
     old, new, left = model_of(1), model_of(2, "concat"), first
     old.save_pretrained(tmp_path)
 
@@ -315,7 +315,7 @@ def test_a_process_that_is_not_the_main_one_changes_nothing(tmp_path):
     assert files_in(tmp_path) == set(before)
 
 
-@pytest.mark.parametrize("feature_mode", FEATURE_MODES)
+@pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
 def test_a_folder_is_the_same_whatever_was_there(tmp_path, feature_mode):
     """Pins traces of what an encoder was saved over."""
     model_of(1, "projected").save_pretrained(tmp_path / "over", max_shard_size=MANY_FILES)
