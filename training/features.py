@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
+from deepseek_ocr_vision.encoding.batches import are_alike, encode_batch
 from deepseek_ocr_vision.training.feature_store import (
     STORED_TYPES,
     FeatureStore,
@@ -106,9 +107,10 @@ def precompute_features(
     _check_model(model)
     image_processor = _image_processor_of(processor)
     dtype = model.dtype if dtype is None else dtype
-    _check_options(dtype, on_bad_picture, num_workers=num_workers)
-    _check_positive(batch_size=batch_size, pictures_per_file=pictures_per_file)
-    pictures = Pictures.of(dataset, image_column, features_column)
+    _check_choices(dtype, on_bad_picture)
+    _check_integers(1, batch_size=batch_size, pictures_per_file=pictures_per_file)
+    _check_integers(0, num_workers=num_workers)
+    pictures = Pictures.of(dataset, column=image_column, features_column=features_column)
 
     encoder = encoder_fingerprint(model)
     settings = {
@@ -117,12 +119,21 @@ def precompute_features(
         "mode": pictures.mode,
     }
     store = FeatureStore(cache_dir, settings, dtype=dtype, width=model.config.hidden_size)
-    bad_pictures = BadPictures(raises=on_bad_picture == "raise")
-    work = Work(store, pictures, model, image_processor, bad_pictures, batch_size, num_workers, show_progress)
+    work = Work(
+        store=store,
+        pictures=pictures,
+        model=model,
+        image_processor=image_processor,
+        bad_pictures=BadPictures(raises=on_bad_picture == "raise"),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        show_progress=show_progress,
+    )
     keys = work.read_keys()
     work.run(pictures_per_file)
-    bad_pictures.warn()
-    return _with_column(dataset, keys, ReadFeatures(features_column, store.rows(), dtype, encoder), store, pictures)
+    work.bad_pictures.warn()
+    transform = ReadFeatures(features_column, store.rows(), dtype, encoder)
+    return _with_column(dataset, transform, keys=keys, store=store, is_list=pictures.is_list)
 
 
 # Arguments
@@ -153,19 +164,17 @@ def _image_processor_of(processor: Any) -> Any:
     return image_processor
 
 
-def _check_options(dtype: Any, on_bad_picture: Any, *, num_workers: Any) -> None:
+def _check_choices(dtype: Any, on_bad_picture: Any) -> None:
     if dtype not in STORED_TYPES:
         raise ValueError(f"`dtype` is {dtype!r}; it has to be one of {list(STORED_TYPES)}.")
     if on_bad_picture not in get_args(BadPicture):
         raise ValueError(f"`on_bad_picture` is {on_bad_picture!r}; it has to be one of {list(get_args(BadPicture))}.")
-    if not isinstance(num_workers, int) or num_workers < 0:
-        raise ValueError(f"`num_workers` is {num_workers!r}; it has to be an integer, at least 0.")
 
 
-def _check_positive(**values: Any) -> None:
+def _check_integers(least: int, **values: Any) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` is {value!r}; it has to be a positive integer.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"`{name}` is {value!r}; it has to be an integer, at least {least}.")
 
 
 # Pictures
@@ -200,7 +209,7 @@ class Pictures:
     mode: str | None
 
     @classmethod
-    def of(cls, dataset: Any, column: str, features_column: str) -> "Pictures":
+    def of(cls, dataset: Any, *, column: str, features_column: str) -> "Pictures":
         """Those of a dataset, once its columns are found to be right."""
         import datasets
 
@@ -218,6 +227,7 @@ class Pictures:
         return cls(cells, column, is_list, getattr(picture, "mode", None))
 
     def __len__(self) -> int:
+        """The number of rows."""
         return len(self.cells)
 
     def __iter__(self) -> Iterator[list[StoredPicture]]:
@@ -295,12 +305,14 @@ class BadPictures:
     messages: list[str] = field(default_factory=list)
 
     def add(self, name: str, error: Exception) -> None:
+        """Take notice of one, or raise."""
         message = f"{name}: {error}"
         if self.raises:
             raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
         self.messages.append(message)
 
     def warn(self) -> None:
+        """Name those that were passed over."""
         if self.messages:
             more = len(self.messages) - NUM_NAMED
             named = self.messages[:NUM_NAMED] + ([f"and {more} more"] if more > 0 else [])
@@ -314,7 +326,7 @@ Prepared = tuple[str, BatchFeature | Exception]
 """A picture's key, and what the model reads, or why there is no such thing."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Work:
     """Fills a store with the tokens of a dataset's pictures, beside other processes that do the same."""
 
@@ -370,10 +382,10 @@ class Work:
         self.store.refresh()
         return True
 
-    def _computed(self, keys: list[str], bar: tqdm) -> Iterator[tuple[list[str], torch.Tensor]]:
-        """Keys and tokens [P, N, C], batch by batch; those of bad pictures are left out."""
+    def _computed(self, keys: list[str], bar: tqdm) -> Iterator[dict[str, list]]:
+        """Keys and tokens, batch by batch; those of bad pictures are left out."""
         for batch in self._batches(_ahead(self._prepared, keys, self.num_workers)):
-            yield [key for key, _ in batch], self._encoded(batch)
+            yield {"key": [key for key, _ in batch], "tokens": self._encoded(batch)}
             bar.update(len(batch))
 
     def _prepared(self, key: str) -> Prepared:
@@ -395,22 +407,16 @@ class Work:
             if isinstance(inputs, Exception):
                 self.bad_pictures.add(self.pictures.name(self.places[key]), inputs)
                 continue
-            if batch and (len(batch) == self.batch_size or not _are_alike(batch[0][1], inputs)):
+            if batch and (len(batch) == self.batch_size or not are_alike(batch[0][1], inputs)):
                 yield batch
                 batch = []
             batch.append((key, inputs))
         if batch:
             yield batch
 
-    def _encoded(self, batch: list[tuple[str, BatchFeature]]) -> torch.Tensor:
-        """The tokens of a batch [P, N, C]."""
-        inputs = [inputs for _, inputs in batch]
-        if len(inputs) > 1:
-            inputs = [BatchFeature({"pixel_values": torch.cat([each["pixel_values"] for each in inputs])})]
-        device = self.model.device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            outputs = self.model(**inputs[0].to(device), return_dict=True)
-        tokens = outputs.last_hidden_state.to(self.store.dtype).cpu()
+    def _encoded(self, batch: list[tuple[str, BatchFeature]]) -> list[torch.Tensor]:
+        """The tokens [N, C] of each picture of a batch."""
+        tokens = encode_batch(self.model, [inputs for _, inputs in batch], dtype=self.store.dtype)
         for (key, _), each in zip(batch, tokens, strict=True):
             if not each.isfinite().all():
                 name = self.pictures.name(self.places[key])
@@ -433,31 +439,27 @@ def _ahead(function: Callable[[str], Prepared], keys: list[str], num_threads: in
             yield pending.popleft().result()
 
 
-def _are_alike(first: BatchFeature, second: BatchFeature) -> bool:
-    """Whether two pictures fit into one batch; one in tiles, with inputs of its own, goes alone."""
-    return first.keys() == second.keys() == {"pixel_values"} and (
-        first["pixel_values"].shape == second["pixel_values"].shape
-    )
-
-
 # The result
 
 
 def _with_column(
     dataset: "datasets.Dataset",
-    keys: list[list[str | None]],
     transform: ReadFeatures,
+    *,
+    keys: list[list[str | None]],
     store: FeatureStore,
-    pictures: Pictures,
+    is_list: bool,
 ) -> "datasets.Dataset":
     """The dataset with the column of features, less the rows whose pictures could not be read."""
     import datasets
 
     is_complete = [all(key in store for key in row) for row in keys]
-    numbers = [[store.row_of(key) for key in row if key in store] for row in keys]
-    column, feature = numbers, datasets.List(datasets.Value("int64"))
-    if not pictures.is_list:
-        column, feature = [row[0] if row else None for row in numbers], datasets.Value("int64")
+    column = [[store.row_of(key) for key in row if key in store] for row in keys]
+    feature = datasets.Value("int64")
+    if is_list:
+        feature = datasets.List(feature)
+    else:
+        column = [numbers[0] if numbers else None for numbers in column]
     dataset = dataset.with_format(None).add_column(transform.column, column, feature=feature)
     if not all(is_complete):
         dataset = dataset.select([row for row, complete in enumerate(is_complete) if complete])
