@@ -1,13 +1,14 @@
 """Seeing what the encoder sees: the numbers, their place on the page, the sheet and the command."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import TOLERANCE, pixels, relative_error, tiny_config
+from helpers import ROOT, TOLERANCE, pixels, relative_error, tiny_config
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from torch import nn
@@ -435,3 +436,12 @@ def test_the_sheet_of_an_empty_and_very_high_page_is_drawn(tiny_model):
     sheet = draw_sheet(view)
     assert 1000 < sheet.width < 2000
     assert sheet.height < 2000
+
+
+def test_the_example_trains_and_draws(tmp_path):
+    """Pins the script behind the pictures of docs/seeing.md, on small pages."""
+    command = [sys.executable, str(ROOT / "examples" / "seeing.py"), "--max_steps", "1", "--page_size", "256"]
+    subprocess.run([*command, "--output_dir", str(tmp_path)], check=True, capture_output=True)
+    assert {"encoder", "page.png", "sheet.png", "next.png"} <= {path.name for path in tmp_path.iterdir()}
+    view = view_page(DeepSeekOCRVisionModel.from_pretrained(tmp_path / "encoder"), tmp_path / "page.png")
+    assert view.grid == (4, 4)
