@@ -1,7 +1,7 @@
 """The command line: `deepseek-ocr-vision COMMAND`, or `python -m deepseek_ocr_vision COMMAND`.
 
 Thin over the package: `extract` is `from_deepseek_ocr`, `write-back` is `write_deepseek_ocr`, `show` is
-`visualize.draw_sheet`, `upload` is `hub_upload`.
+`visualize.draw_sheet`, `encode` is `encoding.encode_pages`, `upload` is `hub_upload`.
 """
 
 import argparse
@@ -10,15 +10,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate import PartialState
+
 from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor, hub_upload
 from deepseek_ocr_vision.configuration.checksums_deepseek_ocr_vision import write_checksums
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
+from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
+from deepseek_ocr_vision.encoding import encode_pages
+from deepseek_ocr_vision.encoding.loading import load_encoder
 from deepseek_ocr_vision.modeling.weights import check_checkpoint, in_one_step
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import require_picture_suffix, save_picture
 
 
-FAILED, INTERRUPTED = 1, 130
+FAILED, SOME_FAILED, INTERRUPTED = 1, 3, 130
 
 
 def extract(options: argparse.Namespace) -> int:
@@ -69,6 +74,28 @@ def show(options: argparse.Namespace) -> int:
         save_picture(draw_sheet(view, options.token, layer=options.layer, title=title), target)
         sys.stdout.write(f"{target}\n")
     return 0
+
+
+def encode(options: argparse.Namespace) -> int:
+    """Encode pages into a dataset of tokens; one of several processes if `accelerate launch` started them."""
+    process = PartialState(cpu=options.device == "cpu")
+    choices = {name: getattr(options, name) for name in ("preset", "mode", "feature_mode", "dtype")}
+    names = ("out", "batch_size", "num_workers", "pages_per_file", "dpi", "split", "image_column")
+    fields = {name: getattr(options, name) for name in names}
+    try:
+        model, image_processor = load_encoder(options.model, **choices)
+        model.to(options.device or process.device)
+        show_progress = process.is_local_main_process
+        summary = encode_pages(options.inputs, model, image_processor, show_progress=show_progress, **fields)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted. What is finished stays; the same command goes on from there.\n")
+        return INTERRUPTED
+    finally:
+        process.destroy_process_group()
+    sys.stdout.write(f"{options.out}: process {process.process_index + 1} of {process.num_processes}: {summary}\n")
+    if not summary.problems:
+        return 0
+    return SOME_FAILED if summary.num_pages else FAILED
 
 
 def _sheets(pages: Sequence[Path], out: str | None) -> list[Path]:
@@ -125,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_write_back(commands)
     _add_verify(commands)
     _add_show(commands)
+    _add_encode(commands)
     upload = commands.add_parser("upload", help="publish an encoder on the Hub", **hub_upload.HELP)
     hub_upload.add_arguments(upload)
     upload.set_defaults(run=hub_upload.run)
@@ -206,6 +234,51 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
         "--layer", type=int, default=-1, help="which CLIP layer's attention, from 0, or from -1 back (default: last)"
     )
     parser.set_defaults(run=show)
+
+
+def _add_encode(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "encode",
+        help="turn pages into a dataset of tokens",
+        description="Encode pictures, PDFs and datasets into a folder for datasets.load_from_disk. Started again, it "
+        "goes on where it was; under `accelerate launch` the processes share the pages. Exit code 0 if every page is "
+        "there, 3 if some could not be read (see errors.jsonl), 1 if none could or it failed. Needs datasets (extra "
+        "`train`) and, for PDFs, pypdfium2 (extra `pdf`).",
+        epilog="deepseek-ocr-vision encode scans report.pdf --model encoder --out tokens --batch-size 8 --workers 8",
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="picture, PDF, folder of them, or name or folder of a dataset"
+    )
+    parser.add_argument("--out", required=True, help="folder to write, or to go on with")
+    parser.add_argument("--model", required=True, help="an encoder or a released checkpoint: folder or Hub id")
+    _add_encoder_options(parser)
+    parser.add_argument("--batch-size", type=int, default=1, help="pages at once (default: %(default)s)")
+    parser.add_argument("--device", help="such as cuda:1 (default: the accelerator there is, one a process)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        dest="num_workers",
+        help="processes that prepare pages for each encoder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pages-per-file", type=int, default=128, help="pages of an Arrow file (default: %(default)s)"
+    )
+    parser.add_argument("--dpi", type=float, default=144, help="that PDFs are drawn with (default: %(default)s)")
+    parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
+    parser.add_argument("--image-column", default="image", help="of a dataset (default: %(default)s)")
+    parser.set_defaults(run=encode)
+
+
+def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=list(PRESETS), help="other preprocessing than the checkpoint's")
+    parser.add_argument("--mode", choices=list(MODES), help="one of the released model's resolutions")
+    parser.add_argument("--feature-mode", choices=FEATURE_MODES, help="other features than the checkpoint's")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="to compute and store in (default: the checkpoint's own)",
+    )
 
 
 def _add_hub_options(parser: argparse.ArgumentParser) -> None:
