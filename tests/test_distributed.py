@@ -13,7 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from composite import build_model, build_processor
 from helpers import FEATURE_MODES, TOLERANCE, pixels, relative_error, tiny_config
-from training_job import Job, result_of, tensors_of
+from training_job import Job, needs_fsdp_on_cpu, result_of, tensors_of
 from transformers import LlavaForConditionalGeneration
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
@@ -132,12 +132,14 @@ def test_each_process_had_batches_with_and_without_pictures(ddp):
     assert (False, False) in set(zip(first, second, strict=True))
 
 
+@needs_fsdp_on_cpu
 @pytest.mark.parametrize("name", FSDP_SUBJECTS)
 def test_processes_that_share_the_weights_train_as_one_does(name, alone, fsdp):
     """Pins weights that are used before they are gathered, and checkpoints that only rank 0 has read."""
     assert_same_training(fsdp[name], alone[name], tolerance_of(name))
 
 
+@needs_fsdp_on_cpu
 def test_each_block_is_a_unit_of_its_own(fsdp):
     """Pins `_no_split_modules` that name no class, with which all weights would be gathered at once."""
     assert {"SamBlock", "ClipLayer", "LlamaDecoderLayer"} <= set(result_of(fsdp["bfloat16"])["units"])
@@ -150,6 +152,7 @@ def assert_weights(model: torch.nn.Module, expected: dict[str, torch.Tensor]) ->
     assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
 
 
+@needs_fsdp_on_cpu
 @pytest.mark.parametrize("name", ["llava", "checkpointing"])
 def test_what_was_trained_under_fsdp_loads_in_one_process(name, starts, fsdp):
     """Pins a checkpoint in pieces that only FSDP can read, and one that is loaded by halves."""
@@ -158,6 +161,7 @@ def test_what_was_trained_under_fsdp_loads_in_one_process(name, starts, fsdp):
     assert_weights(model, tensors_of(fsdp[name], "weights"))
 
 
+@needs_fsdp_on_cpu
 def test_a_full_checkpoint_of_fsdp_is_one_for_from_pretrained(fsdp):
     """Pins a LLaVA saved under names that nothing translates back."""
     folder = Path(fsdp["llava"].output_dir, f"checkpoint-{STEPS}")

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import training_job
-from training_job import Job, result_of, tensors_of
+import transformers
+from packaging import version
+from training_job import Job, needs_fsdp_on_cpu, result_of, tensors_of
 from transformers.trainer_utils import get_last_checkpoint
 
 from deepseek_ocr_vision.training.checkpoints import last_complete_checkpoint, why_incomplete
@@ -53,8 +55,16 @@ def assert_same_run(actual: Job, expected: Job) -> None:
                 (0, f"after checkpoint-{STEPS}"),
             ],
         ),
-        (2, False, [(1, 3), (1, "checkpoint-4/rng_state_1.pth"), (0, "checkpoint-6/optimizer.pt")]),
-        (2, True, [(0, 5)]),
+        pytest.param(
+            2,
+            False,
+            [(1, 3), (1, "checkpoint-4/rng_state_1.pth"), (0, "checkpoint-6/optimizer.pt")],
+            marks=pytest.mark.skipif(
+                version.parse(transformers.__version__) < version.parse("5.23"),
+                reason="transformers 5.0 cannot load an optimizer's state onto the device `cpu:0`, 5.23 can",
+            ),
+        ),
+        pytest.param(2, True, [(0, 5)], marks=needs_fsdp_on_cpu),
     ],
     ids=["one process", "two processes", "FSDP"],
 )

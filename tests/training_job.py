@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from accelerate import PartialState
@@ -44,6 +45,12 @@ PRELOADED = [
     *("transformers.models.llava", "transformers.models.llama.modeling_llama"),
 ]
 """What takes longest to import, and can be found without a path to the tests."""
+
+
+needs_fsdp_on_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="FSDP2 of this torch, 2.6 among them, calls methods that streams of a CPU do not have",
+)
 
 
 @dataclass
