@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor, hub_upload
@@ -78,7 +79,8 @@ def show(options: argparse.Namespace) -> int:
 
 def encode(options: argparse.Namespace) -> int:
     """Encode pages into a dataset of tokens; one of several processes if `accelerate launch` started them."""
-    process = PartialState(cpu=options.device == "cpu")
+    # Without an accelerator accelerate has to be told, or each process takes itself for the only one.
+    process = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available())
     choices = {name: getattr(options, name) for name in ("preset", "mode", "feature_mode", "dtype")}
     names = ("out", "batch_size", "num_workers", "pages_per_file", "dpi", "split", "image_column")
     fields = {name: getattr(options, name) for name in names}

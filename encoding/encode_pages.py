@@ -47,7 +47,7 @@ class Summary:
 
     def __str__(self) -> str:
         rate = self.num_new / max(self.seconds, 1e-9)
-        parts = [f"{self.num_pages:,} pages are there, {self.num_new:,} of them new"]
+        parts = [f"{self.num_pages:,} page{'s' * (self.num_pages != 1)} stored, {self.num_new:,} of them new"]
         if self.num_new:
             parts.append(f"{rate:.1f} a second, the encoder at work {self.busy:.0%} of the time")
         if self.problems:

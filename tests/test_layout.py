@@ -12,12 +12,13 @@ import pytest
 from helpers import ROOT, run_python
 
 
-FOLDERS = ("configuration", "modeling", "processing", "training", "visualize")
+FOLDERS = ("configuration", "encoding", "modeling", "processing", "training", "visualize")
 MAY_IMPORT = {
     "configuration": set(),
     "modeling": {"configuration"},
     "processing": {"configuration"},
-    "training": {"configuration", "processing"},
+    "encoding": {"configuration", "modeling", "processing"},
+    "training": {"configuration", "encoding", "processing"},
     "visualize": {"configuration", "modeling", "processing"},
 }
 

@@ -1,0 +1,416 @@
+"""Pages at scale: the right tokens, whatever they are read from, none twice and none lost, after any interruption."""
+
+import io
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, tiny_config
+from PIL import Image
+
+from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
+from deepseek_ocr_vision.__main__ import main
+from deepseek_ocr_vision.encoding import Summary, encode_pages, load_pages
+from deepseek_ocr_vision.encoding.page_store import PageStore
+
+
+datasets = pytest.importorskip("datasets")
+pypdfium2 = pytest.importorskip("pypdfium2")
+
+IMAGE_PROCESSOR = DeepSeekOCRVisionImageProcessor(size=128)
+
+
+def picture(seed: int, height: int = 90, width: int = 70) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_pdf(path: Path, *seeds: int) -> Path:
+    first, *others = map(picture, seeds)
+    first.save(path, save_all=True, append_images=others)
+    return path
+
+
+@pytest.fixture
+def scans(tmp_path) -> Path:
+    """A folder of seven pages: three pictures, one of them further inside, a PDF of three, and another picture."""
+    folder = tmp_path / "scans"
+    (folder / "inside").mkdir(parents=True)
+    for seed, name in enumerate(["0.png", "1.png", "inside/2.png", "z.png"]):
+        (folder / name).write_bytes(png(seed))
+    write_pdf(folder / "book.pdf", 10, 11, 12)
+    (folder / "notes.txt").write_text("no page")
+    (folder / "._0.png").write_text("what another system leaves beside a picture")
+    return folder
+
+
+def encode(inputs: Path | list, model: DeepSeekOCRVisionModel, out: Path, **options) -> Summary:
+    options = {"image_processor": IMAGE_PROCESSOR, "pages_per_file": 2, "show_progress": False} | options
+    inputs = inputs if isinstance(inputs, list) else [inputs]
+    return encode_pages(inputs, model, options.pop("image_processor"), out=out, **options)
+
+
+def places(out: Path, root: Path) -> list[tuple[str, int]]:
+    """Source and page of each row, in order."""
+    pages = load_pages(out)
+    return [(os.path.relpath(row["source"], root), row["page"]) for row in pages.remove_columns("tokens")]
+
+
+def tokens_by_page(out: Path) -> dict[tuple[str, int], torch.Tensor]:
+    rows = [((row["source"], row["page"]), row["tokens"]) for row in load_pages(out)]
+    assert len(dict(rows)) == len(rows)
+    return dict(rows)
+
+
+def assert_same_tokens(actual: Path, expected: Path) -> None:
+    actual, expected = tokens_by_page(actual), tokens_by_page(expected)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[page], expected[page]) for page in expected)
+
+
+def errors(out: Path) -> dict[str, str]:
+    """What `errors.jsonl` says, by the source's own name."""
+    if not (out / "errors.jsonl").exists():
+        return {}
+    lines = map(json.loads, (out / "errors.jsonl").read_text().splitlines())
+    return {Path(line["source"]).name: line["error"] for line in lines}
+
+
+SEVEN = [("0.png", 0), ("1.png", 0), *(("book.pdf", page) for page in range(3)), ("inside/2.png", 0), ("z.png", 0)]
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_folder_becomes_the_models_own_tokens_bit_for_bit(tiny_model, scans, tmp_path, dtype):
+    """Pins order, pages of PDFs as they are drawn, and bfloat16, which Arrow does not have."""
+    tiny_model.to(dtype)
+    summary = encode(scans, tiny_model, tmp_path / "out")
+    assert (summary.num_pages, summary.num_new, summary.problems) == (7, 7, [])
+    assert sorted(places(tmp_path / "out", scans)) == SEVEN
+    with pypdfium2.PdfDocument(scans / "book.pdf") as book:
+        drawn = [page.render(scale=2).to_pil() for page in book]
+    assert drawn[0].size == (140, 180)
+    pictures = [picture(0), picture(1), *drawn, picture(2), picture(3)]
+    expected = tiny_model.encode(pictures, image_processor=IMAGE_PROCESSOR)
+    actual = tokens_by_page(tmp_path / "out")
+    for place, tokens in zip(SEVEN, expected, strict=True):
+        stored = actual[str(scans / place[0]), place[1]]
+        assert stored.dtype == dtype
+        assert torch.equal(stored, tokens)
+
+
+def test_datasets_reads_the_folder_as_it_is(tiny_model, scans, tmp_path):
+    """Pins two lines without this package: rows in order, with their grid and the settings that made them."""
+    encode(scans, tiny_model, tmp_path / "out", pages_per_file=3)
+    pages = datasets.load_from_disk(tmp_path / "out")
+    assert [os.path.relpath(source, scans) for source in pages["source"]] == [name for name, _ in SEVEN]
+    assert pages["page"][:] == [page for _, page in SEVEN]
+    row = pages.with_format("torch")[6]
+    assert torch.equal(row["tokens"], load_pages(tmp_path / "out")[6]["tokens"])
+    assert (row["grid"].tolist(), row["patches_grid"].tolist()) == ([2, 2], [1, 1])
+    settings = json.loads(pages.info.description)
+    assert settings["feature_mode"] == "residual"
+    assert settings["image_processor"]["size"] == {"height": 128, "width": 128}
+    assert settings["dpi"] == 144
+
+
+@pytest.mark.parametrize("feature_mode", ["concat", "sequence"])
+def test_pages_in_tiles_share_batches_and_keep_their_own_tokens(tmp_path, feature_mode):
+    """Pins padding, which is no token, and grids of pages that are cut and of such that are not."""
+    model = DeepSeekOCRVisionModel(tiny_config(feature_mode=feature_mode))
+    gundam = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="gundam")
+    pictures = [picture(0, 300, 300), picture(1, 1300, 700), picture(2, 300, 300)]
+    for index, each in enumerate(pictures):
+        each.save(tmp_path / f"{index}.png")
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    encode(paths, model, tmp_path / "out", image_processor=gundam, batch_size=2, pages_per_file=3)
+    pages = load_pages(tmp_path / "out")
+    assert pages["patches_grid"][:] == [[1, 1], [1, 2], [1, 1]]
+    assert pages["grid"][:] == [[16, 16]] * 3
+    for row, expected in zip(pages, model.encode(pictures, image_processor=gundam), strict=True):
+        torch.testing.assert_close(row["tokens"], expected, rtol=0, atol=1e-4)
+
+
+def test_workers_and_batches_change_nothing(tiny_model, scans, tmp_path):
+    """Pins the order of what workers prepare, PDFs that several processes read at once, and what is cast there."""
+    tiny_model.to(torch.bfloat16)
+    encode(scans, tiny_model, tmp_path / "one")
+    summary = encode(scans, tiny_model, tmp_path / "several", num_workers=2, pages_per_file=3)
+    assert_same_tokens(tmp_path / "several", tmp_path / "one")
+    assert 0 < summary.busy < 1
+
+
+def test_datasets_of_pictures_and_of_paths(tiny_model, scans, tmp_path):
+    """Pins columns of either kind, splits, and rows without a picture, which are named."""
+    column = datasets.Features(image=datasets.Image())
+    cells = [{"bytes": png(0), "path": None}, None, {"bytes": None, "path": str(scans / "1.png")}]
+    pictures = datasets.Dataset.from_dict({"image": cells}, column)
+    paths = datasets.Dataset.from_dict({"file": [str(scans / "1.png"), str(scans / "0.png")]})
+    pictures.save_to_disk(tmp_path / "pictures")
+    datasets.DatasetDict(test=paths).save_to_disk(tmp_path / "paths")
+    summary = encode(tmp_path / "pictures", tiny_model, tmp_path / "out")
+    assert [(each.page, each.error) for each in summary.problems] == [(1, "ValueError: the row has no picture.")]
+    encode(tmp_path / "paths", tiny_model, tmp_path / "out", split="test", image_column="file")
+    actual = tokens_by_page(tmp_path / "out")
+    first, second = tiny_model.encode([picture(0), picture(1)], image_processor=IMAGE_PROCESSOR)
+    expected = {("pictures", 0): first, ("pictures", 2): second, ("paths", 0): second, ("paths", 1): first}
+    assert actual.keys() == {(str(tmp_path / name), row) for name, row in expected}
+    assert all(torch.equal(actual[str(tmp_path / name), row], expected[name, row]) for name, row in expected)
+
+
+# Going on
+
+
+def count_pages(model: DeepSeekOCRVisionModel) -> list[int]:
+    """A list that grows with the size of each batch that a model encodes."""
+    counted: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, __, inputs: counted.append(len(inputs["pixel_values"])), with_kwargs=True
+    )
+    return counted
+
+
+def test_what_is_stored_is_not_computed_again_and_more_may_be_added(tiny_model, scans, tmp_path):
+    """Pins a second start, and pieces of work that shift when a file comes in between."""
+    encode(scans, tiny_model, tmp_path / "out")
+    counted = count_pages(tiny_model)
+    assert encode(scans, tiny_model, tmp_path / "out").num_new == 0
+    assert counted == []
+    (scans / "00.png").write_bytes(png(20))
+    summary = encode(scans, tiny_model, tmp_path / "out")
+    assert (summary.num_pages, summary.num_new, sum(counted)) == (8, 1, 1)
+    assert sorted(places(tmp_path / "out", scans)) == sorted([*SEVEN, ("00.png", 0)])
+
+
+def test_an_encoding_that_was_killed_goes_on_where_it_was(scans, tmp_path, capsys):
+    """Pins SIGKILL in the middle of the work, through the command: finished files stay, nothing is twice or lost."""
+    save_encoder(tmp_path / "encoder")
+    command = ["encode", str(scans), "--model", str(tmp_path / "encoder"), "--out", str(tmp_path / "out")]
+    command += ["--workers", "1", "--pages-per-file", "1", "--device", "cpu"]
+    code = f"""if True:
+        import os, signal, sys
+        from deepseek_ocr_vision.__main__ import main
+        from deepseek_ocr_vision.encoding.token_store import TokenStore
+        write = TokenStore._write_stream
+        def write_and_die(self, path, batches):
+            written = write(self, path, batches)
+            if len(list(self.folder.glob("*.arrow"))) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return written
+        TokenStore._write_stream = write_and_die
+        main({command!r})
+    """
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list((tmp_path / "out").glob("*.arrow"))) == 3
+    assert len(list((tmp_path / "out" / ".work").glob("*.tmp"))) == 1
+    with pytest.raises(FileNotFoundError, match=r"no state\.json"):
+        load_pages(tmp_path / "out")
+    assert main(command) == 0
+    assert "7 pages stored, 4 of them new" in capsys.readouterr().out
+    assert not list((tmp_path / "out" / ".work").glob("*.tmp"))
+    model = DeepSeekOCRVisionModel.from_pretrained(tmp_path / "encoder")
+    encode(scans, model, tmp_path / "untouched", pages_per_file=1)
+    assert_same_tokens(tmp_path / "out", tmp_path / "untouched")
+    assert places(tmp_path / "out", scans) == SEVEN
+
+
+def save_encoder(folder: Path) -> None:
+    DeepSeekOCRVisionModel(tiny_config()).save_pretrained(folder)
+    IMAGE_PROCESSOR.save_pretrained(folder)
+
+
+def test_processes_of_one_launch_share_the_pages(scans, tmp_path):
+    """Pins `accelerate launch`: each page once, by one of them, and no process that waits for another for ever."""
+    save_encoder(tmp_path / "encoder")
+    configuration = str(ROOT / "examples" / "accelerate" / "two_cpus.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration]
+    command = ["-m", "deepseek_ocr_vision", "encode", str(scans), "--model", str(tmp_path / "encoder")]
+    command += ["--out", str(tmp_path / "out"), "--workers", "0", "--pages-per-file", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    shares = re.findall(r"process (\d) of 2: 7 pages stored, (\d) of them new", result.stdout)
+    assert {number for number, _ in shares} == {"1", "2"}
+    assert sum(int(new) for _, new in shares) == 7
+    assert places(tmp_path / "out", scans) == SEVEN
+
+
+def test_a_piece_in_other_hands_is_left_to_them_and_taken_when_they_die(tiny_model, scans, tmp_path):
+    """Pins a process that takes pages and never stores them: the others compute the rest meanwhile, then these."""
+    order = []
+    tiny_model.register_forward_hook(lambda *_: order.append("encoded"))
+    pages = [(str(scans / name), page) for name, page in SEVEN]
+    encode(scans / "z.png", tiny_model, tmp_path / "out")
+    lock = PageStore.lock(load_store(tmp_path / "out", tiny_model), pages[:2])
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            while len(order) < 5:
+                time.sleep(0.01)
+            order.append("died")
+
+    held = threading.Event()
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    assert encode(scans, tiny_model, tmp_path / "out").num_new == 6
+    other.join()
+    assert order == ["encoded"] * 5 + ["died"] + ["encoded"] * 2
+
+
+def load_store(out: Path, model: DeepSeekOCRVisionModel) -> PageStore:
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["layout"], settings["dtype"]
+    return PageStore(out, settings, dtype=model.dtype, width=model.config.hidden_size)
+
+
+def test_other_settings_are_refused_and_named(tiny_model, scans, tmp_path):
+    """Pins tokens of two encoders, modes or resolutions in one dataset."""
+    encode(scans / "0.png", tiny_model, tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    other = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="tiny")
+    with pytest.raises(ValueError, match=r"image_processor.size.height is 128 there and 512 now.*mode is None there"):
+        encode(scans, tiny_model, tmp_path / "out", image_processor=other)
+    with pytest.raises(ValueError, match="dpi is 144 there and 72 now"):
+        encode(scans, tiny_model, tmp_path / "out", dpi=72)
+    with pytest.raises(ValueError, match=r"dtype is 'torch.float32' there and 'torch.bfloat16' now"):
+        encode(scans, tiny_model.to(torch.bfloat16), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds no encoded pages, but 'thesis.txt'"):
+        encode(scans, tiny_model, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    assert len(load_pages(tmp_path / "out")) == 1
+
+
+def test_a_full_disk_leaves_what_was_finished(tiny_model, scans, tmp_path):
+    """Pins half a file that passes for a whole one."""
+    encode(scans / "0.png", tiny_model, tmp_path / "out")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            encode(scans, tiny_model, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert places(tmp_path / "out", scans) == [("0.png", 0)]
+    assert encode(scans, tiny_model, tmp_path / "out").num_new == 6
+
+
+# What cannot be encoded
+
+
+def encrypted(pdf: bytes) -> bytes:
+    """A PDF that asks for a password, which nobody knows."""
+    lock = b"/Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <%s> /U <%s> >> /ID [<00> <00>]" % (
+        b"ab" * 32,
+        b"cd" * 32,
+    )
+    assert pdf.count(b"/Root") == 1
+    return pdf.replace(b"/Root", lock + b" /Root")
+
+
+def test_bad_files_are_named_and_the_rest_is_encoded(tiny_model, scans, tmp_path):
+    """Pins one bad file of a million that ends a night's work, and pages that are tried again once they are mended."""
+    bad = {
+        "broken.pdf": b"%PDF-1.4 and no more",
+        "cut.png": png(0)[:3000],
+        "locked.pdf": encrypted((scans / "book.pdf").read_bytes()),
+        "nothing.png": b"",
+    }
+    for name, content in bad.items():
+        (scans / name).write_bytes(content)
+    Image.new("1", (1, 1)).save(scans / "vast.pdf", resolution=1e-3)  # a page of 25 meters
+    summary = encode(scans, tiny_model, tmp_path / "out", num_workers=1)
+    assert (summary.num_pages, len(summary.problems)) == (7, 5)
+    found = errors(tmp_path / "out")
+    assert found.keys() == {*bad, "vast.pdf"}
+    assert "encrypted or broken" in found["broken.pdf"]
+    assert "password" in found["locked.pdf"]
+    assert "truncated" in found["cut.png"]
+    assert "cannot identify" in found["nothing.png"]
+    assert "at 144 dpi the page has" in found["vast.pdf"]
+    (scans / "cut.png").write_bytes(png(0))
+    assert encode(scans, tiny_model, tmp_path / "out").num_new == 1
+    assert errors(tmp_path / "out").keys() == {"broken.pdf", "locked.pdf", "nothing.png", "vast.pdf"}
+    assert sorted(places(tmp_path / "out", scans)) == sorted([*SEVEN, ("cut.png", 0)])
+
+
+def test_a_file_that_has_changed_is_named(tiny_model, scans, tmp_path):
+    """Pins old tokens that pass for those of the new file."""
+    encode(scans, tiny_model, tmp_path / "out")
+    write_pdf(scans / "book.pdf", 10, 11, 12, 13)
+    summary = encode(scans, tiny_model, tmp_path / "out")
+    assert summary.num_new == 0
+    assert errors(tmp_path / "out").keys() == {"book.pdf"}
+    assert "has changed" in errors(tmp_path / "out")["book.pdf"]
+    assert sorted(places(tmp_path / "out", scans)) == SEVEN
+
+
+def test_tokens_that_are_not_finite_are_no_tokens(tiny_model, scans, tmp_path):
+    """Pins infinities in float16 that would be trained on for good."""
+    with torch.no_grad():
+        tiny_model.sam_model.pos_embed.fill_(float("nan"))
+    summary = encode(scans / "0.png", tiny_model, tmp_path / "out")
+    assert summary.num_pages == 0
+    assert "not finite in torch.float32" in errors(tmp_path / "out")["0.png"]
+
+
+def test_exit_codes_tell_all_some_and_none(scans, tmp_path, capsys):
+    """Pins what a script that runs the command goes by."""
+    save_encoder(tmp_path / "encoder")
+
+    def run(*inputs: object, out: str, options: tuple[str, ...] = ()) -> int:
+        command = ["encode", *map(str, inputs), "--model", str(tmp_path / "encoder"), "--workers", "0"]
+        return main([*command, "--device", "cpu", "--out", str(tmp_path / out), *options])
+
+    (scans / "inside" / "2.png").write_bytes(b"")
+    assert run(scans / "0.png", out="all") == 0
+    assert "1 page stored, 1 of them new" in capsys.readouterr().out
+    assert run(scans, out="some", options=("--dtype", "bfloat16", "--batch-size", "2")) == 3
+    assert "6 pages stored" in capsys.readouterr().out
+    assert run(scans / "inside", out="none") == 1
+    assert run(scans / "missing.png", out="nowhere") == 1
+    assert "missing.png" in capsys.readouterr().err
+    assert run(scans, out="all", options=("--feature-mode", "concat")) == 1
+    assert "missing" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
+
+
+WRONG = {
+    "`inputs`": {"inputs": []},
+    "`batch_size`": {"batch_size": 0},
+    "`num_workers`": {"num_workers": -1},
+    "`pages_per_file`": {"pages_per_file": 1.5},
+    "`dpi`": {"dpi": 0},
+    "There are no pictures": {"inputs": [ROOT / "configuration"]},
+    "no file, folder or dataset": {"inputs": ["/nowhere/at all"]},
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_argument_is_named(tiny_model, scans, tmp_path, words):
+    """Pins errors before anything is computed or written."""
+    arguments = {"inputs": [scans]} | WRONG[words]
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        encode(arguments.pop("inputs"), tiny_model, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
