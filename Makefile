@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help finetune test lint format bench clean
+.PHONY: help finetune test lint format docs bench clean
 
 help:
 	@echo "make finetune   teach a small encoder inside LLaVA to read handwriting: outputs/finetune;"
@@ -13,6 +13,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make lint       check format and style"
 	@echo "make format     mend format and style"
+	@echo "make docs       build the site in build/site; a broken link is an error"
 	@echo "make bench      measure time and memory beside transformers' Unlimited-OCR: outputs/benchmarks.json;"
 	@echo "                ARGS=--quick takes minutes, ARGS=--help says what there is"
 	@echo "make clean      remove .venv and what was built"
@@ -30,6 +31,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
