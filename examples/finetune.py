@@ -9,7 +9,7 @@ encoder frozen as it started, so that the difference is what the encoder learned
     encoder/            the trained encoder with its image processor, for `AutoModel` and `AutoProcessor`
     composite/          the whole model with its processor, for `LlavaForConditionalGeneration` and `LlavaProcessor`
     report.md           what was measured, and the command that measured it
-    loss.png            both runs' losses
+    loss.png            both runs' losses and learning rates
     predictions.png     held-out pages, what was read on them and what is written there
     trained/, frozen/   the two runs: checkpoints to resume from, and `result.json` once a run is finished
 
@@ -27,7 +27,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +35,6 @@ import torch
 from composite import IMAGE_TOKEN, build_model, build_processor
 from pages import CREDIT, load_handwritten_pages, load_own_pages
 from report import Result, draw_losses, draw_predictions, format_report, format_scores, replacing, write_text
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -45,13 +43,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     Trainer,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 
-from deepseek_ocr_vision import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.training.collator import ImageTextCollator
+from deepseek_ocr_vision import DeepSeekOCRVisionModel, ImageTextCollator, resume
 
 
 logger = logging.getLogger("finetune")
@@ -143,8 +139,9 @@ class FinetuneArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "`true`: go on in --output_dir where a run was cut off, from its newest complete checkpoint, and "
-            "keep what is finished. A checkpoint's folder: go on from that one. Losses are those of a run that was "
-            "never cut off. Without it and without --overwrite, an --output_dir already in use is refused."
+            "keep what is finished. A checkpoint's folder, the last one of its run: go on from there. Losses are "
+            "those of a run that was never cut off. Without it and without --overwrite, an --output_dir already in "
+            "use is refused."
         },
     )
     max_steps: int = field(
@@ -191,21 +188,17 @@ def train(
     processor: LlavaProcessor,
     arguments: FinetuneArguments,
     run_folder: Path,
-    checkpoint: str | None,
 ) -> list[dict]:
-    """Train with `Trainer` as it is, and give its log.
+    """Train with `Trainer` as it is, going on where this run was cut off, and give its log.
 
     Args:
-        model: What to train; with a checkpoint, its weights are loaded already.
+        model: What to train, as it is at the start.
         pages: Pages to train on under `"train"`, and pages to evaluate on under `"held_out"`.
         processor: Makes the model's inputs.
         arguments: How to train.
         run_folder: Where checkpoints go.
-        checkpoint: Folder to restore the optimizer, the schedule, the step and the random numbers from.
     """
-    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")) if checkpoint else TrainerState()
-    if checkpoint and state.global_step >= state.max_steps:
-        return state.log_history  # `Trainer` would take one step too many
+    requested = arguments.resume_from_checkpoint
     arguments = copy.copy(arguments)
     arguments.output_dir = str(run_folder)
     trainer = Trainer(
@@ -216,61 +209,12 @@ def train(
         eval_dataset=pages["held_out"],
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return trainer.state.log_history
-
-
-def load_checkpoint(checkpoint: str) -> LlavaForConditionalGeneration:
-    """Load a composite from a checkpoint to go on with; `Trainer` will then restore all but the weights.
-
-    transformers saves a LLaVA under its checkpoints' historical names, `language_model.model.` and so on, and only
-    `from_pretrained` knows them. `Trainer` looks for the names of today, finds none, warns of that, and goes on with
-    the weights that the model has.
-    """
-    logger.info("Going on from %s.", checkpoint)
-    logging.getLogger("transformers.trainer").addFilter(is_not_about_keys)
-    return LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-
-
-def is_not_about_keys(record: logging.LogRecord) -> bool:
-    """Whether a log record is another than `Trainer`'s warning of missing or unexpected keys."""
-    return "keys in the checkpoint model loaded" not in record.getMessage()
-
-
-def checkpoint_to_resume(run_folder: Path, requested: str | None) -> str | None:
-    """The checkpoint to go on from: the one requested if it is this run's, or else its newest complete one."""
-    if requested is None:
-        return None
-    if names_checkpoint_of(run_folder, requested):
-        if not is_complete(Path(requested)):
-            raise ValueError(f"--resume_from_checkpoint: {requested} is not there or not complete.")
-        return requested
-    checkpoints = sorted(run_folder.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    for folder in reversed(checkpoints):
-        if is_complete(folder):
-            return str(folder)
-        logger.warning("%s is not complete, as after a crash while it was written; passing it over.", folder)
-    return None
+    return resume(trainer, checkpoint=requested if names_checkpoint_of(run_folder, requested) else None).log_history
 
 
 def names_checkpoint_of(run_folder: Path, requested: str | None) -> bool:
     """Whether `--resume_from_checkpoint` is the folder of a checkpoint of this run."""
     return requested is not None and Path(requested).resolve().parent == run_folder.resolve()
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether everything in a checkpoint was written to its end, `trainer_state.json`, the last file, included."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-        weights = list(checkpoint.glob("model*.safetensors"))
-        for file in weights:
-            with safe_open(file, "pt"):
-                pass  # it compares the file's length with what its header says
-    except (OSError, ValueError, SafetensorError):
-        return False
-    others = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-    is_whole = bool(weights) and all(zipfile.is_zipfile(file) for file in others)
-    return is_whole and checkpoint.name == f"checkpoint-{state['global_step']}"
 
 
 # Reading
@@ -325,11 +269,8 @@ def run(
     set_seed(arguments.seed)  # both runs start from the same weights
     model = build_model(processor, encoder=model_arguments.encoder, language_model=model_arguments.language_model)
     start = {key: value.clone() for key, value in model.model.vision_tower.state_dict().items()}
-    checkpoint = checkpoint_to_resume(folder, arguments.resume_from_checkpoint)
-    if checkpoint is not None:
-        model = load_checkpoint(checkpoint)
     freeze(model.model.vision_tower, name, model_arguments.freeze)
-    history = train(model, pages, processor=processor, arguments=arguments, run_folder=folder, checkpoint=checkpoint)
+    history = train(model, pages, processor=processor, arguments=arguments, run_folder=folder)
     read, written = read_pages(
         model,
         pages["held_out"],
@@ -471,9 +412,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[PageArguments, Model
             raise ValueError(f"--{name} {path} lies in --output_dir {output}, which is written to.")
     if not 0 < page_arguments.held_out_fraction < 1:
         raise ValueError(f"--held_out_fraction is {page_arguments.held_out_fraction}; it has to be between 0 and 1.")
-    if arguments.load_best_model_at_end:
-        # It reloads as it resumes: by names that a LLaVA's checkpoint does not have (see `load_checkpoint`).
-        raise ValueError("--load_best_model_at_end is not possible here: `Trainer` cannot reload a LLaVA's weights.")
     warn_of_uneven_logs(arguments)
     return page_arguments, model_arguments, arguments
 
@@ -526,7 +464,8 @@ def load_pages(arguments: PageArguments, *, page_size: int, seed: int) -> dict[s
 def main(argv: list[str] | None = None) -> None:
     """Train, compare, save, report, and check what was saved."""
     logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
+    for name in (logger.name, "deepseek_ocr_vision"):
+        logging.getLogger(name).setLevel(logging.INFO)
     page_arguments, model_arguments, arguments = parse_arguments(argv)
     output = Path(arguments.output_dir)
     started = time.perf_counter()
