@@ -1,0 +1,372 @@
+"""A demo in the browser: a page in, what the encoder sees on it out; a click on a token asks about that one.
+
+    python app.py --model outputs/seeing/encoder
+    python app.py --help
+
+It needs Gradio: `pip install 'deepseek-ocr-vision[demo]'`. The same file is a Hub Space, see docs/demo.md. Nothing is
+fetched before a page is shown, and nothing at all if the encoder is on this machine.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from transformers import PreTrainedConfig
+
+from deepseek_ocr_vision import MODES, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, text_to_pages
+from deepseek_ocr_vision.visualize import PageView, draw_sheet, view_page
+from deepseek_ocr_vision.visualize.pages import draw_frame
+
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError("The demo needs Gradio: pip install 'deepseek-ocr-vision[demo]'") from error
+
+
+DEFAULT_MODEL = "deepseek-ai/DeepSeek-OCR"
+"""What is shown unless `--model` says otherwise: a Hub id, of which the encoder's 0.8 GB are fetched."""
+
+AS_SAVED = "as saved"  # the resolution of the checkpoint's own image processor
+LONGEST_SIDE = 1600  # pixels of a drawn page; the encoder reads it as it came
+NUM_NEIGHBOURS = 4
+
+# One page at a time: a second one beside it would take twice the memory and be no faster.
+QUEUE = {"concurrency_id": "encoder", "concurrency_limit": 1, "api_visibility": "private"}
+# A page's tokens, attention and pixels are some 100 MB at 1024 x 1024, and each visitor keeps one.
+KEPT_PAGES, KEPT_SECONDS = 16, 1800
+LAUNCH = {"share": False, "ssr_mode": False, "show_error": True, "max_file_size": "50mb", "footer_links": []}
+# No font and no script from elsewhere, so that it works offline.
+LAUNCH |= {"theme": gr.themes.Base(primary_hue="blue", font="sans-serif", font_mono="monospace")}
+LAUNCH |= {"css": ".titled {gap: 2px} #counts :is(td, th) {padding: 3px 8px; white-space: nowrap}"}
+LAUNCH |= {"state_session_capacity": KEPT_PAGES}
+
+INTRODUCTION = """# What the DeepSeek-OCR encoder sees
+Give it a page. **Click on any of the pictures** to choose a token: which tokens are like it, and which pixels it
+depends on, by the gradient through the whole encoder."""
+
+
+# The encoder
+
+
+@dataclass
+class Encoder:
+    """An encoder and its image processor, loaded when they are first asked for.
+
+    Attributes:
+        source: Folder or Hub id, of an encoder of its own or of a released checkpoint that has one in it.
+    """
+
+    source: str
+
+    @cached_property
+    def model(self) -> DeepSeekOCRVisionModel:
+        """The encoder, frozen, on the GPU if there is one."""
+        if self._is_released:
+            model = DeepSeekOCRVisionModel.from_deepseek_ocr(self.source, preset="deepseek-ocr")
+        else:
+            model = DeepSeekOCRVisionModel.from_pretrained(self.source, dtype="auto")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return model.to(device).eval().requires_grad_(False)
+
+    @cached_property
+    def image_processor(self) -> DeepSeekOCRVisionImageProcessor:
+        """What prepares pages for it."""
+        if self._is_released:
+            return DeepSeekOCRVisionImageProcessor.from_deepseek_ocr(self.source, preset="deepseek-ocr")
+        return DeepSeekOCRVisionImageProcessor.from_pretrained(self.source)
+
+    @cached_property
+    def _is_released(self) -> bool:
+        fields, _ = PreTrainedConfig.get_config_dict(self.source)
+        return fields.get("model_type") != "deepseek_ocr_vision"
+
+    def processor_in(self, mode: str) -> DeepSeekOCRVisionImageProcessor:
+        """The image processor at the resolution of a mode, with the preset's means, or as it was saved.
+
+        Args:
+            mode: `AS_SAVED` or a key of `MODES`.
+        """
+        if mode == AS_SAVED:
+            return self.image_processor
+        sizes = {"size": MODES[mode].size, "tile_size": MODES[mode].tile_size}
+        return type(self.image_processor).from_dict(self.image_processor.to_dict(), **sizes)
+
+
+# What is answered
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Show what goes wrong in the browser, in the words of the package, instead of as a bare "Error"."""
+    try:
+        yield
+    except (ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+def show(encoder: Encoder, picture: str | None, mode: str) -> tuple:
+    """Read a page: its view and first token, all four pictures, and what is said about them.
+
+    Args:
+        encoder: What reads it.
+        picture: Path of the uploaded file; `None` if there is none.
+        mode: `AS_SAVED` or a key of `MODES`.
+
+    Returns:
+        The view, the token with the most on its square, the page, its tokens as colours, the token's neighbours, its
+        gradient, the caption, and the table of token counts.
+
+    Raises:
+        gr.Error: There is no picture, or the encoder or the picture cannot be read.
+    """
+    if picture is None:
+        raise gr.Error("There is no page yet: upload a picture, paste one, or take an example.", print_exception=False)
+    with in_words():
+        view = view_page(encoder.model, picture, image_processor=encoder.processor_in(mode))
+        table = count_tokens(encoder, view.page.size, mode)
+        view = _drawable(view)
+        token = view.richest_token()
+        page, neighbours, gradient, caption = pictures_of(view, token)
+        return view, token, page, view.pca().picture(), neighbours, gradient, caption, table
+
+
+def choose(view: PageView | None, click: gr.SelectData) -> tuple:
+    """Ask about the token that was clicked on.
+
+    Args:
+        view: The page that is shown; `None` if there is none, or none any more.
+        click: Where, in pixels of the picture: `index` is [x, y].
+
+    Returns:
+        The token, the page, the token's neighbours, its gradient, and the caption.
+
+    Raises:
+        gr.Error: There is no page.
+    """
+    with in_words():
+        token = _require_page(view).token_at(*click.index)
+        return token, *pictures_of(view, token)
+
+
+def sheet_of(view: PageView | None, token: tuple[int, int]) -> Image.Image:
+    """Draw the sheet of a token, as `deepseek-ocr-vision show` does.
+
+    Raises:
+        gr.Error: There is no page.
+    """
+    with in_words():
+        return draw_sheet(_require_page(view), tuple(token))
+
+
+def pictures_of(view: PageView, token: tuple[int, int]) -> tuple[Image.Image, Image.Image, Image.Image, str]:
+    """The page with a token's frame, the token's neighbours, the pixels that it depends on, and the caption."""
+    page = view.page.copy()
+    draw_frame(page, view.box(token))
+    similarity = view.similarity(token)
+    caption = describe(token, torch.from_numpy(similarity.values), view.on_page)
+    return page, similarity.picture(), view.pixel_gradient(token).picture(), caption
+
+
+def describe(token: tuple[int, int], similarity: torch.Tensor, on_page: torch.Tensor) -> str:
+    """A token's place and its nearest neighbours, in words.
+
+    Args:
+        token: Row and column.
+        similarity: Its cosine to all tokens, [H, W].
+        on_page: Which tokens have something of the page on their square, [H, W].
+    """
+    (rows, columns), (row, column) = similarity.shape, token
+    others = on_page.clone()
+    others[token] = False
+    order = similarity.masked_fill(~others, -torch.inf).flatten().argsort(descending=True)
+    nearest = [divmod(place, columns) for place in order[: min(NUM_NEIGHBOURS, int(others.sum()))].tolist()]
+    words = ", ".join(f"({row}, {column}) {similarity[row, column]:.2f}" for row, column in nearest)
+    place = f"**Row {row}, column {column}** of {rows} x {columns} tokens, counted from 0."
+    return f"{place} Most like it: {words}." if nearest else place
+
+
+def count_tokens(encoder: Encoder, size: tuple[int, int], shown: str) -> str:
+    """How many tokens a picture becomes in each mode, as a table in Markdown.
+
+    Args:
+        encoder: What reads it.
+        size: The picture's width and height, in pixels.
+        shown: The mode whose row is set in bold.
+    """
+    width, height = size
+    lines = ["| mode | the encoder reads | tokens |", "|---|---|---:|"]
+    for mode in (AS_SAVED, *MODES):
+        processor = encoder.processor_in(mode)
+        tokens = processor.num_image_tokens(height, width, feature_mode=encoder.model.config.feature_mode)
+        pixels = f"{processor.size['width']} x {processor.size['height']}" + " + tiles" * bool(processor.tile_size)
+        bold = "**" if mode == shown else ""
+        lines.append("| " + " | ".join(f"{bold}{cell}{bold}" for cell in (mode, pixels, tokens)) + " |")
+    return f"Your picture, {width} x {height} pixels, becomes\n\n" + "\n".join(lines)
+
+
+def _require_page(view: PageView | None) -> PageView:
+    if view is None:
+        raise ValueError(
+            f"There is no page, or it was shown more than {KEPT_SECONDS // 60} minutes ago: show it again."
+        )
+    return view
+
+
+def _drawable(view: PageView) -> PageView:
+    """The same page, drawn no larger than a screen; what the encoder read stays as it was."""
+    scale = LONGEST_SIDE / max(view.page.size)
+    if scale >= 1:
+        return view
+    size = [max(1, round(side * scale)) for side in view.page.size]
+    width, height = view.page.size
+    gr.Info(f"The page of {width} x {height} pixels is drawn at {size[0]} x {size[1]}; the encoder read all of it.")
+    return replace(view, page=view.page.resize(size, Image.Resampling.LANCZOS))
+
+
+# The examples
+
+
+def draw_examples() -> list[Image.Image]:
+    """Pages to try: a letter, a receipt and a slide."""
+    return [_letter(), _receipt(), _slide()]
+
+
+def _letter() -> Image.Image:
+    text = (
+        "To whom it may concern,\n\na page of text is a picture, and a picture can be read. An encoder turns this one "
+        "into a few hundred tokens, each of which stands for a square of 64 x 64 pixels.\n\nWhat does a token know? "
+        "Click on a word: the bright pixels are those that would change its token most if they were changed "
+        "themselves. In a trained encoder some of them are far away.\n\nThen look at its neighbours, the tokens that "
+        "are most like it. Paper is like paper, and a margin is like a margin.\n\nYours sincerely,\n\n    the encoder"
+    )
+    return text_to_pages(text, size=(1024, 768), font_size=34, margin=72, line_spacing=1.25)[0].convert("RGB")
+
+
+def _receipt() -> Image.Image:
+    page = Image.new("RGB", (640, 960), "#fffdf5")
+    draw = ImageDraw.Draw(page)
+    draw.text((320, 90), "THE PAPER SHOP", fill="black", font_size=52, anchor="mm")
+    draw.line((60, 150, 580, 150), fill="black", width=3)
+    goods = {"Paper, A4": 450, "Ink, black": 1295, "Envelopes": 380, "Pencil HB": 90, "Ruler, 30 cm": 215}
+    for index, (name, cents) in enumerate(goods.items()):
+        draw.text((60, 210 + 90 * index), name, fill="black", font_size=38)
+        draw.text((580, 210 + 90 * index), f"{cents / 100:.2f}", fill="black", font_size=38, anchor="ra")
+    draw.line((60, 690, 580, 690), fill="black", width=3)
+    draw.text((60, 730), "TOTAL", fill="black", font_size=52)
+    draw.text((580, 730), f"{sum(goods.values()) / 100:.2f}", fill="black", font_size=52, anchor="ra")
+    return page
+
+
+def _slide() -> Image.Image:
+    page = Image.new("RGB", (1280, 720), "white")
+    draw = ImageDraw.Draw(page)
+    draw.rectangle((0, 0, 1280, 120), fill="#1f5fa8")
+    draw.text((60, 60), "Tokens a page", fill="white", font_size=64, anchor="lm")
+    for index, (name, tokens) in enumerate({"tiny": 64, "small": 100, "base": 256, "large": 400}.items()):
+        left = 150 + 270 * index
+        draw.rectangle((left, 620 - tokens, left + 160, 620), fill="#d9822b")
+        draw.text((left + 80, 600 - tokens), str(tokens), fill="black", font_size=44, anchor="ms")
+        draw.text((left + 80, 670), name, fill="black", font_size=40, anchor="mm")
+    draw.line((80, 620, 1200, 620), fill="black", width=4)
+    return page
+
+
+# The page in the browser
+
+
+def build_demo(encoder: Encoder) -> gr.Blocks:
+    """Lay out the demo and connect it to an encoder, which is not loaded for this."""
+    with gr.Blocks(title="DeepSeek-OCR vision", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        gr.Markdown(INTRODUCTION)
+        view, token = gr.State(time_to_live=KEPT_SECONDS), gr.State(time_to_live=KEPT_SECONDS)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                picture, mode, examples, button, table = _lay_out_input()
+            with gr.Column(scale=3):
+                *pictures, caption = _lay_out_pictures()
+        again = gr.Button("Draw the sheet of this token", elem_id="draw-sheet")
+        sheet = gr.Image(
+            label="The sheet", format="png", interactive=False, buttons=["download", "fullscreen"], elem_id="sheet"
+        )
+        page, colors, neighbours, gradient = pictures
+        draw = {"fn": sheet_of, "inputs": [view, token], "outputs": sheet, **QUEUE}
+        shown = [view, token, page, colors, neighbours, gradient, caption, table]
+        for event in (button.click, picture.upload, examples.load_input_event.then):
+            event(partial(show, encoder), [picture, mode], shown, show_progress_on=page, **QUEUE).success(**draw)
+        chosen = [token, page, neighbours, gradient, caption]
+        for clicked in pictures:
+            clicked.select(choose, view, chosen, show_progress_on=gradient, **QUEUE)
+        again.click(**draw)
+    return blocks.queue(max_size=32)
+
+
+def _lay_out_input() -> tuple[Any, ...]:
+    """The column on the left: the picture, the mode, the examples, the button, and the table of token counts."""
+    # As a file, so that the package reads it, with its EXIF orientation and transparency, and not Gradio.
+    sources = ["upload", "clipboard"]
+    picture = gr.Image(label="Page", type="filepath", image_mode=None, sources=sources, height=300, elem_id="picture")
+    mode = gr.Radio([AS_SAVED, *MODES], value=AS_SAVED, label="Mode", elem_id="mode")
+    button = gr.Button("Show", variant="primary", elem_id="show")
+    examples = gr.Examples(draw_examples(), picture, cache_examples=False, elem_id="examples")
+    table = gr.Markdown(elem_id="counts")
+    return picture, mode, examples, button, table
+
+
+def _lay_out_pictures() -> list[Any]:
+    """The four pictures, two in a row and each below its title, and the caption over them."""
+    caption = gr.Markdown("Upload a page, or take an example.", elem_id="caption")
+    rows = (
+        {"page": "The page, and the token", "colors": "All tokens: alike colours, alike tokens"},
+        {"neighbours": "Its neighbours: the brighter, the more alike", "gradient": "The pixels that it depends on"},
+    )
+    settings = {"format": "png", "interactive": False, "show_label": False, "height": 400, "buttons": ["fullscreen"]}
+    pictures = []
+    for row in rows:
+        with gr.Row():
+            for name, title in row.items():
+                with gr.Column(min_width=240, elem_classes="titled"):
+                    gr.Markdown(title)
+                    pictures.append(gr.Image(elem_id=name, **settings))
+    return [*pictures, caption]
+
+
+demo = build_demo(Encoder(DEFAULT_MODEL))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo until it is interrupted.
+
+    Returns:
+        The exit code: 0, or 1 with a message if the encoder cannot be loaded.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="python app.py --model outputs/seeing/encoder"
+    )
+    parser.add_argument(
+        "--model",
+        help="the encoder, or a released checkpoint: folder or Hub id. It is loaded at once; the default, "
+        f"{DEFAULT_MODEL}, when the first page is shown.",
+    )
+    options = parser.parse_args(arguments)
+    if options.model is None:
+        demo.launch(**LAUNCH)
+        return 0
+    encoder = Encoder(options.model)
+    try:
+        _ = encoder.model, encoder.image_processor
+    except (OSError, TypeError, ValueError) as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 1
+    build_demo(encoder).launch(**LAUNCH)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""The demo: what it answers, and the page itself, clicked on in a headless Chromium."""
+
+import os
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import tiny_config
+from PIL import Image, ImageDraw
+
+from deepseek_ocr_vision import MODES, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
+
+
+# Gradio asks for its telemetry and for a newer version of itself when it is imported, if nobody forbids it.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'deepseek-ocr-vision[demo]'")
+
+from deepseek_ocr_vision import app  # noqa: E402
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# As root, in a container, and with nothing of a browser's own that reaches for the network.
+CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+CHROMIUM_ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
+PATIENCE = 60_000  # milliseconds
+SIDE = 256
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny encoder on disk, whose image processor makes pages of 4 x 4 tokens."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    DeepSeekOCRVisionModel(tiny_config(feature_mode="concat")).save_pretrained(folder)
+    DeepSeekOCRVisionImageProcessor("deepseek-ocr", size=SIDE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint):
+    """The same, as the demo loads it."""
+    return app.Encoder(str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """A page with a word in the upper left and a block in the lower right."""
+    page = Image.new("RGB", (400, 300), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((110, 90), "word", fill="black", font_size=40)
+    draw.rectangle((310, 235, 390, 290), fill="black")
+    path = tmp_path_factory.mktemp("pages") / "page.png"
+    page.save(path)
+    return str(path)
+
+
+def counted(table: str) -> dict[str, int]:
+    """The number of tokens of each mode in a table."""
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
+    return {row[0]: int(row[2]) for row in rows[2:]}
+
+
+# Without a browser
+
+
+def test_nothing_is_loaded_before_a_page_is_shown():
+    """Pins a Space that fetches 0.8 GB, or fails, when its file is imported."""
+    assert vars(app.Encoder("no/such-model")) == {"source": "no/such-model"}
+    app.build_demo(app.Encoder("no/such-model"))
+
+
+def test_a_page_gives_pictures_of_its_size_about_the_token_with_the_most_on_it(encoder, picture):
+    """Pins pictures in the size of what the encoder read, on which clicks would miss their token."""
+    view, token, *pictures, caption, table = app.show(encoder, picture, app.AS_SAVED)
+    assert token == view.richest_token()
+    assert [shown.size for shown in pictures] == [(400, 300)] * 4
+    assert f"Row {token[0]}, column {token[1]}" in caption
+    assert f"**{app.AS_SAVED}** | **{SIDE} x {SIDE}** | **16**" in table
+
+
+def test_a_click_chooses_the_token_under_it(encoder, picture):
+    """Pins row and column, or x and y, the wrong way round."""
+    view, first, *pictures, _, _ = app.show(encoder, picture, app.AS_SAVED)
+    token, page, neighbours, gradient, caption = app.choose(view, SimpleNamespace(index=[350, 20]))
+    assert token == (0, 3) != first
+    assert "Row 0, column 3" in caption
+    for before, after in zip((pictures[0], pictures[2], pictures[3]), (page, neighbours, gradient), strict=True):
+        assert before.tobytes() != after.tobytes()
+
+
+def test_neighbours_are_the_most_similar_tokens_on_the_page():
+    """Pins the token itself, or a margin that is all alike, among its neighbours."""
+    similarity = torch.tensor([[1.0, 0.2, 0.9], [0.7, -0.5, 0.99]])
+    on_page = torch.tensor([[True, True, True], [True, True, False]])
+    words = app.describe((0, 0), similarity, on_page)
+    assert words.endswith("Most like it: (0, 2) 0.90, (1, 0) 0.70, (0, 1) 0.20, (1, 1) -0.50.")
+    only = torch.zeros(2, 3, dtype=torch.bool)
+    assert app.describe((0, 0), similarity, only).endswith("counted from 0.")
+
+
+def test_tokens_are_counted_as_the_model_gives_them(encoder, checkpoint):
+    """Pins a table of the modes' sizes that forgets tiles, or the marks of the released sequence."""
+    counts = counted(app.count_tokens(encoder, (1240, 1754), "tiny"))
+    assert counts == {app.AS_SAVED: 16, "tiny": 64, "small": 100, "base": 256, "large": 400, "gundam": 856}
+    sequence = app.Encoder(str(checkpoint))
+    sequence.model.config.feature_mode = "sequence"
+    assert counted(app.count_tokens(sequence, (1240, 1754), "tiny"))["gundam"] == 30 * 21 + 16 * 17 + 1
+
+
+@pytest.mark.parametrize("preset", ["deepseek-ocr", "deepseek-ocr-encoder"])
+def test_every_mode_is_there_with_either_preset(tmp_path, preset):
+    """Pins `mode=` for a preset that has no modes, which is an error."""
+    DeepSeekOCRVisionModel(tiny_config()).save_pretrained(tmp_path)
+    DeepSeekOCRVisionImageProcessor(preset, size=SIDE).save_pretrained(tmp_path)
+    encoder = app.Encoder(str(tmp_path))
+    for name, mode in MODES.items():
+        processor = encoder.processor_in(name)
+        assert (processor.size["height"], processor.tile_size) == (mode.size, mode.tile_size)
+        assert processor.image_mean == encoder.image_processor.image_mean
+    assert encoder.processor_in(app.AS_SAVED).size["height"] == SIDE
+
+
+def test_a_large_page_is_drawn_smaller_and_read_as_it_is(encoder, tmp_path):
+    """Pins pictures of 50 megabytes sent to the browser, and tokens of a page that was shrunk before."""
+    page = Image.radial_gradient("L").resize((3200, 1600)).convert("RGB")
+    page.save(tmp_path / "page.png")
+    view = app.show(encoder, str(tmp_path / "page.png"), app.AS_SAVED)[0]
+    assert view.page.size == (app.LONGEST_SIDE, app.LONGEST_SIDE // 2)
+    expected = encoder.image_processor(page, return_tensors="pt").pixel_values[0]
+    assert torch.equal(view.pixel_values.cpu(), expected)
+
+
+def test_what_goes_wrong_is_told_in_words(encoder, tmp_path, picture):
+    """Pins a bare "Error", which is all that Gradio shows of other exceptions on a Space."""
+    (tmp_path / "page.png").write_bytes(b"no picture")
+    (tmp_path / "huge.pgm").write_bytes(b"P5 20000 20000 255\n")
+    cases = [
+        (None, "There is no page yet"),
+        (tmp_path / "page.png", "cannot identify"),
+        (tmp_path / "huge.pgm", "limit"),
+    ]
+    for path, words in cases:
+        with pytest.raises(gr.Error, match=words):
+            app.show(encoder, path and str(path), app.AS_SAVED)
+    with pytest.raises(gr.Error, match="show it again"):
+        app.choose(None, SimpleNamespace(index=[0, 0]))
+    with pytest.raises(gr.Error, match="show it again"):
+        app.sheet_of(None, (0, 0))
+    with pytest.raises(gr.Error, match="no-such-folder"):
+        app.show(app.Encoder(str(tmp_path / "no-such-folder")), picture, app.AS_SAVED)
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_command(tmp_path, capsys):
+    """Pins a demo that starts, and tells its first visitor about a mistyped folder."""
+    assert app.main(["--model", str(tmp_path / "missing")]) == 1
+    assert "missing" in capsys.readouterr().err
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium with a profile of its own."""
+    reason = "Playwright is not installed: pip install playwright"
+    sync_playwright = pytest.importorskip("playwright.sync_api", reason=reason).sync_playwright
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(encoder, browser):
+    """The demo, opened in the browser, at any port that is free, and the addresses that it asks for."""
+    demo = app.build_demo(encoder)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+    page = browser.new_page(viewport={"width": 1360, "height": 1000})
+    page.set_default_timeout(PATIENCE)
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(url)
+    yield page, requests, url
+    page.close()
+    demo.close(verbose=False)
+
+
+def source(page, name: str) -> str:
+    """Where the browser has a picture from; another picture has another address."""
+    return page.locator(f"#{name} img").first.get_attribute("src")
+
+
+def click_at(page, name: str, across: float, down: float) -> None:
+    """Click on a picture, at parts of its width and height; around it there may be empty space."""
+    box = page.locator(f"#{name} img").first.bounding_box()
+    # The picture is fitted into its place, in the middle.
+    scale = min(box["width"] / 400, box["height"] / 300)
+    x = box["x"] + box["width"] / 2 + (across - 0.5) * 400 * scale
+    y = box["y"] + box["height"] / 2 + (down - 0.5) * 300 * scale
+    page.mouse.click(x, y)
+
+
+def wait_for_caption(page, words: str) -> None:
+    """Wait until the caption over the pictures has some words."""
+    page.wait_for_function(
+        "words => document.querySelector('#caption').innerText.includes(words)", arg=words, timeout=PATIENCE
+    )
+
+
+def test_a_page_is_uploaded_and_its_tokens_are_clicked(opened, picture):
+    """Pins wiring that only a browser shows: the clicks' coordinates, the order of outputs, requests elsewhere."""
+    page, requests, url = opened
+    page.click("#show")
+    page.get_by_text("There is no page yet").wait_for()
+
+    page.set_input_files("#picture input[type=file]", picture)
+    page.locator("#sheet img").wait_for()
+    sheet = source(page, "sheet")
+    assert "256 x 256" in page.inner_text("#counts")
+    assert re.search(r"gundam\s+1024 x 1024 \+ tiles\s+256", page.inner_text("#counts"))
+
+    for name, place in {"page": (0, 3), "colors": (2, 0), "neighbours": (3, 1), "gradient": (1, 2)}.items():
+        before = [source(page, shown) for shown in ("page", "neighbours", "gradient")]
+        colors = source(page, "colors")
+        click_at(page, name, (place[1] + 0.5) / 4, (place[0] + 0.5) / 4)
+        wait_for_caption(page, f"Row {place[0]}, column {place[1]} of 4 x 4")
+        after = [source(page, shown) for shown in ("page", "neighbours", "gradient")]
+        assert all(old != new for old, new in zip(before, after, strict=True))
+        assert source(page, "colors") == colors
+
+    page.click("#draw-sheet")
+    page.wait_for_function("old => document.querySelector('#sheet img').src !== old", arg=sheet)
+    assert [address for address in requests if not address.startswith((url, "data:", "blob:"))] == []
+
+
+def test_an_example_is_shown_in_another_mode(opened):
+    """Pins examples that only fill the upload, and a mode that the encoder never hears of."""
+    page, _, _ = opened
+    page.get_by_label("tiny").check()
+    page.locator("#examples button, #examples img").first.click()
+    wait_for_caption(page, "of 8 x 8")
+    assert "64" in page.locator("#counts strong").all_inner_texts()
+    page.locator("#sheet img").wait_for()
