@@ -32,6 +32,7 @@ from deepseek_ocr_vision.training import (
     precompute_features,
     precomputed_features,
     resume,
+    why_incomplete,
 )
 
 
@@ -59,4 +60,5 @@ __all__ = [
     "precomputed_features",
     "resume",
     "text_to_pages",
+    "why_incomplete",
 ]

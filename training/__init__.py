@@ -1,7 +1,13 @@
 """What people train the encoder with, beside transformers' `Trainer`."""
 
 from deepseek_ocr_vision.training.adapters import LORA_TARGETS
-from deepseek_ocr_vision.training.checkpoints import last_complete_checkpoint, load_weights, make_resumable, resume
+from deepseek_ocr_vision.training.checkpoints import (
+    last_complete_checkpoint,
+    load_weights,
+    make_resumable,
+    resume,
+    why_incomplete,
+)
 from deepseek_ocr_vision.training.collator import ImageTextCollator
 from deepseek_ocr_vision.training.features import precompute_features
 from deepseek_ocr_vision.training.gradients import GradientReport, gradient_report
@@ -22,4 +28,5 @@ __all__ = [
     "precompute_features",
     "precomputed_features",
     "resume",
+    "why_incomplete",
 ]
