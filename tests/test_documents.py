@@ -77,6 +77,15 @@ def readers_folder(tmp_path_factory) -> Path:
     page = Image.new("RGB", (400, 300), "white")
     ImageDraw.Draw(page).text((60, 40), "a page", fill="black", font_size=60)
     page.save(folder / "page.png")
+    encode = [
+        "encode",
+        str(folder / "page.png"),
+        "--model",
+        str(folder / "encoder"),
+        "--out",
+        str(folder / "scans_tokens"),
+    ]
+    assert main(encode) == 0
     return folder
 
 
@@ -153,6 +162,7 @@ def parsers_only(monkeypatch) -> None:
 def test_the_commands_of_a_page_have_the_options_that_it_gives_them(page, parsers_only, monkeypatch):
     """Pins options that were renamed, and scripts that moved."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)  # as `python -m` has it
     for block in blocks(page):
         if block.language == "bash":
             for command in commands(block.code):
