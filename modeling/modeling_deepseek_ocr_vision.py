@@ -443,7 +443,7 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size!r}; it has to be at least 1.")
         if image_processor is None:
-            image_processor = self._default_image_processor()
+            image_processor = self.default_image_processor()
         images = list(images) if isinstance(images, list | tuple) else [images]
         batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)] or [images]
         options = {} if mode is None else {"mode": mode}
@@ -456,7 +456,16 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
                 tokens.extend(_unpadded(outputs.last_hidden_state, outputs.attention_mask))
         return tokens
 
-    def _default_image_processor(self) -> Any:
+    def default_image_processor(self) -> Any:
+        """What prepares pictures for this model unless told otherwise.
+
+        Returns:
+            The image processor saved with its checkpoint or, where there is none, the preset that belongs to its
+            feature mode at `config.image_size`.
+
+        Raises:
+            ValueError: Neither is at hand, as in a checkpoint without one whose package is not installed.
+        """
         source = self.config.name_or_path
         files = ("preprocessor_config.json", "processor_config.json")
         if source and (not os.path.isdir(source) or any(os.path.isfile(os.path.join(source, file)) for file in files)):

@@ -443,8 +443,8 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
             return 1, 1
         return tile_grid(height, width, tile_size=self.tile_size, max_tiles=self.max_patches)
 
-    def _geometry(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Top, left, height and width of the place on the page that a picture is resized to."""
+    def placement(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Where on the page a picture of `height` x `width` pixels comes to lie: top, left, height and width."""
         page_height, page_width = self.size["height"], self.size["width"]
         pads = PRESETS[self.preset].pads(page_height, page_width) if self.do_pad is None else self.do_pad
         if not pads:
@@ -460,7 +460,7 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         """Pictures of one shape as pages, uint8 [B, 3, H, W]."""
         if not self.do_resize:
             return pictures if isinstance(pictures, torch.Tensor) else _as_tensor(pictures)[None]
-        top, left, height, width = self._geometry(*_height_width(pictures))
+        top, left, height, width = self.placement(*_height_width(pictures))
         resized = self._resized(pictures, height, width)
         if (height, width) == (self.size["height"], self.size["width"]):
             return resized

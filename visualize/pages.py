@@ -283,7 +283,7 @@ def view_page(model: Any, image: Any, *, image_processor: Any = None) -> PageVie
     """
     if getattr(getattr(model, "config", None), "model_type", None) != "deepseek_ocr_vision":
         raise TypeError(f"`model` has to be a DeepSeekOCRVisionModel, got a {type(model).__name__}.")
-    image_processor = model._default_image_processor() if image_processor is None else image_processor
+    image_processor = model.default_image_processor() if image_processor is None else image_processor
     # A processor as `AutoProcessor` gives it has the image processor inside.
     image_processor = getattr(image_processor, "image_processor", image_processor)
     page, _ = read_picture(image, "image", None, do_convert_rgb=True, keeps_tensor=False)
@@ -361,5 +361,5 @@ def _place(image_processor: Any, page: Image.Image, pixel_values: torch.Tensor) 
     """Left, top, right and bottom of the page on what was made of it."""
     if not image_processor.do_resize:
         return 0, 0, pixel_values.shape[-1], pixel_values.shape[-2]
-    top, left, height, width = image_processor._geometry(page.height, page.width)
+    top, left, height, width = image_processor.placement(page.height, page.width)
     return left, top, left + width, top + height
