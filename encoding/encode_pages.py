@@ -7,6 +7,7 @@ after an interruption takes what is left.
 Letters in the shapes: H, W pixels.
 """
 
+import math
 import os
 import time
 from collections import deque
@@ -36,7 +37,8 @@ class Summary:
         num_new: How many of them this process computed.
         problems: What could not be encoded, as in `errors.jsonl`.
         seconds: How long this process computed.
-        busy: Share of that time in [0, 1] that it did not wait for pages to be read and prepared.
+        busy: Share of that time in [0, 1] in which the encoder computed. The rest is waiting for pages to be read and
+            prepared, and writing.
     """
 
     num_pages: int
@@ -114,7 +116,7 @@ def encode_pages(
     problems = sorted([*problems, *work.problems()], key=lambda each: (each.source, each.page or 0))
     store.finish(problems)
     num_pages = sum(page in store for page in work.pages)
-    return Summary(num_pages, work.num_new, problems, work.seconds, 1 - work.waited / max(work.seconds, 1e-9))
+    return Summary(num_pages, work.num_new, problems, work.seconds, work.computed / max(work.seconds, 1e-9))
 
 
 def _check(inputs: Any, model: Any, dpi: Any, *, num_workers: Any, **positive: Any) -> None:
@@ -197,7 +199,7 @@ class Work:
     show_progress: bool
     num_new: int = 0
     seconds: float = 0.0
-    waited: float = 0.0
+    computed: float = 0.0
     started: float = field(default_factory=time.time)
 
     def __post_init__(self):
@@ -210,17 +212,17 @@ class Work:
         """Compute what is not stored, in pieces that do not depend on what is, so that processes agree on them."""
         pieces = [self.pages[start : start + pages_per_file] for start in range(0, len(self.pages), pages_per_file)]
         pieces = [piece for piece in pieces if any(page not in self.store for page in piece)]
-        started = time.perf_counter()
         total, stored = len(self.pages), self._num_stored()
         with tqdm(total=total, initial=stored, unit="page", desc="Encoding", disable=not self.show_progress) as bar:
             while pieces:
+                started = time.perf_counter()
                 pieces = self._take_what_is_free(pieces, bar)
+                self.seconds += time.perf_counter() - started
                 if pieces:
                     # Waiting with nothing claimed, so that no two processes wait for each other.
                     with self.store.lock(pieces[0]):
                         self.store.refresh()
                         bar.update(self._num_stored() - bar.n)
-        self.seconds = time.perf_counter() - started
 
     def problems(self) -> list[Problem]:
         """Why pages are not stored."""
@@ -232,12 +234,7 @@ class Work:
     def _take_what_is_free(self, pieces: list[list[Page]], bar: tqdm) -> list[list[Page]]:
         """Compute the pieces that nobody else does, and give the others."""
         in_other_hands: list[list[Page]] = []
-        prepared = PreparedPages(self.sources, self.image_processor, self.model.dtype)
-        pages = self._claim(pieces, in_other_hands)
-        loader = DataLoader(
-            prepared, batch_size=None, sampler=pages, num_workers=self.num_workers, collate_fn=_as_it_is
-        )
-        stream = self._timed(iter(loader))
+        stream = iter(self._loader(self._claim(pieces, in_other_hands)))
         try:
             for first in stream:
                 piece = self.claimed[0]
@@ -249,6 +246,19 @@ class Work:
             close_documents()
         self.store.refresh()
         return in_other_hands
+
+    def _loader(self, pages: Iterator[Page]) -> DataLoader:
+        """Pages, prepared some way ahead: while a batch is computed, the next one becomes ready."""
+        prepared = PreparedPages(self.sources, self.image_processor, self.model.dtype)
+        ahead = max(2, math.ceil(2 * self.batch_size / self.num_workers)) if self.num_workers else None
+        return DataLoader(
+            prepared,
+            batch_size=None,
+            sampler=pages,
+            num_workers=self.num_workers,
+            prefetch_factor=ahead,
+            collate_fn=_as_it_is,
+        )
 
     def _claim(self, pieces: list[list[Page]], in_other_hands: list[list[Page]]) -> Iterator[Page]:
         """The pages to compute. Workers prepare some ahead, so a piece is claimed a little before its turn."""
@@ -269,16 +279,6 @@ class Work:
                 continue
             self.claimed.append(Piece(pages, missing, lock))
             yield from missing
-
-    def _timed(self, stream: Iterator[Prepared]) -> Iterator[Prepared]:
-        """A stream, while the time that its reader waits for it is taken."""
-        while True:
-            started = time.perf_counter()
-            prepared = next(stream, None)
-            self.waited += time.perf_counter() - started
-            if prepared is None:
-                return
-            yield prepared
 
     def _write(self, piece: Piece, stream: Iterator[Prepared], bar: tqdm) -> None:
         batches = self._batches(zip(piece.missing, stream, strict=True))
@@ -303,7 +303,9 @@ class Work:
     def _computed(self, batches: Iterator[list[tuple[Page, Inputs]]], bar: tqdm) -> Iterator[dict[str, list]]:
         """Rows as columns, batch by batch."""
         for batch in batches:
+            started = time.perf_counter()
             tokens = encode_batch(self.model, [inputs for _, inputs in batch], dtype=self.store.dtype)
+            self.computed += time.perf_counter() - started
             rows = [self._row(*each, tokens=of) for each, of in zip(batch, tokens, strict=True)]
             rows = [row for row in rows if row is not None]
             if rows:

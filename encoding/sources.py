@@ -170,7 +170,9 @@ def _is_dataset(given: str | os.PathLike) -> bool:
         return any((path / name).is_file() for name in _DATASET_FILES)
     # What could be a file's name is a file that is missing, not a dataset to ask the Hub for.
     looks_like_a_file = path.suffix.lower() in PICTURE_SUFFIXES | {PDF_SUFFIX} or path.is_absolute()
-    return not path.exists() and not looks_like_a_file and 1 <= len(path.parts) <= 2 and path.parts[0] not in "~.."
+    return (
+        not path.exists() and not looks_like_a_file and 1 <= len(path.parts) <= 2 and path.parts[0] not in ("~", "..")
+    )
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -226,7 +228,10 @@ def _loaded_dataset(name: str, split: str) -> "datasets.Dataset":
     import datasets
 
     if not Path(name).is_dir():
-        return datasets.load_dataset(name, split=split)
+        try:
+            return datasets.load_dataset(name, split=split)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise FileNotFoundError(f"There is no file, folder or dataset {name!r}: {error}") from error
     dataset = datasets.load_from_disk(name)
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:

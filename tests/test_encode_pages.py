@@ -278,6 +278,23 @@ def test_a_piece_in_other_hands_is_left_to_them_and_taken_when_they_die(tiny_mod
     assert order == ["encoded"] * 5 + ["died"] + ["encoded"] * 2
 
 
+def test_processes_that_cut_the_work_differently_store_no_page_twice(tiny_model, scans, tmp_path):
+    """Pins a second process, started by hand with other options, or after a file came in, while the first computes."""
+    other = DeepSeekOCRVisionModel(tiny_config())
+    other.load_state_dict(tiny_model.state_dict())
+    handle = tiny_model.register_forward_hook(lambda *_: encode_beside())
+
+    def encode_beside() -> None:
+        handle.remove()
+        encode([scans / "1.png", scans / "z.png"], other, tmp_path / "out")
+
+    summary = encode(scans, tiny_model, tmp_path / "out", pages_per_file=3)
+    assert summary.num_pages == 7
+    assert sorted(places(tmp_path / "out", scans)) == SEVEN
+    encode(scans, other, tmp_path / "untouched")
+    assert_same_tokens(tmp_path / "out", tmp_path / "untouched")
+
+
 def load_store(out: Path, model: DeepSeekOCRVisionModel) -> PageStore:
     settings = json.loads((out / "settings.json").read_text())
     del settings["layout"], settings["dtype"]
@@ -403,7 +420,8 @@ WRONG = {
     "`pages_per_file`": {"pages_per_file": 1.5},
     "`dpi`": {"dpi": 0},
     "There are no pictures": {"inputs": [ROOT / "configuration"]},
-    "no file, folder or dataset": {"inputs": ["/nowhere/at all"]},
+    "no file, folder or dataset '/nowhere": {"inputs": ["/nowhere/at all"]},
+    "no file, folder or dataset 'nobody": {"inputs": ["nobody/nothing"]},
 }
 
 
