@@ -5,7 +5,7 @@
 Pages of 1216 x 1728 pixels with text, in a PDF of A4 and as PNG, go through `encode_pages` as they go to the released
 model in mode base. The encoder waits a given time for each page of a batch, so that the processor is free meanwhile,
 and hands on zeros, as many and as wide as the released model's tokens. "At work" is what `encode` itself reports: the
-time that it did not wait for pages.
+share of its time in which the encoder computed.
 """
 
 import sys
