@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help finetune test lint format docs bench clean
+.PHONY: help finetune test test-demo lint format docs bench clean
 
 help:
 	@echo "make finetune   teach a small encoder inside LLaVA to read handwriting: outputs/finetune;"
 	@echo "                interrupted and started again, it goes on where it was"
 	@echo "make test       run the tests"
+	@echo "make test-demo  run the tests of the demo, in headless Chromium if there is one; Gradio brings an older Pillow"
 	@echo "make lint       check format and style"
 	@echo "make format     mend format and style"
 	@echo "make docs       build the site in build/site; a broken link is an error"
@@ -23,6 +24,9 @@ finetune: $(VENV)/.train
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-demo: $(VENV)/.dev $(VENV)/.demo
+	$(BIN)/python -m pytest tests/test_app.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -45,6 +49,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # An extra is installed again only when what it is made of has changed.
-$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
+$(VENV)/.train $(VENV)/.dev $(VENV)/.demo: $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@

@@ -205,7 +205,7 @@ def check_command(words: list[str], monkeypatch) -> None:
 
 def check_make(arguments: list[str], monkeypatch) -> None:
     """Make sure of the targets, and of what is handed on to the benchmarks."""
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name == "ARGS" and arguments[0] == "bench" and value != "--help":
