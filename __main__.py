@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"Error: {error}\n")
         return FAILED
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. What was fetched is kept, nothing else was written.\n")
+        sys.stderr.write("Interrupted. What was fetched or finished is kept, nothing is left half written.\n")
         return INTERRUPTED
 
 

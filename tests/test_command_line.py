@@ -1,4 +1,4 @@
-"""The command line: `extract`, `write-back`, `verify` and `upload`, what they say, and their exit codes."""
+"""The command line: what its commands say, and their exit codes. `encode` and `show` have tests of their own."""
 
 import subprocess
 import sys
@@ -11,6 +11,9 @@ from transformers import AutoProcessor
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.__main__ import main
+
+
+COMMANDS = ("extract", "write-back", "verify", "show", "encode", "upload")
 
 
 @pytest.fixture
@@ -110,8 +113,8 @@ def test_both_ways_to_start_it_teach_what_it_does():
     """Pins the console command, `python -m`, and help for each command."""
     for start in ([sys.executable, "-m", "deepseek_ocr_vision"], [f"{sys.prefix}/bin/deepseek-ocr-vision"]):
         output = subprocess.run([*start, "--help"], capture_output=True, text=True, check=True).stdout
-        assert all(command in output for command in ("extract", "write-back", "verify", "upload"))
-    for command in ("extract", "write-back", "verify", "upload"):
+        assert all(command in output for command in COMMANDS)
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0

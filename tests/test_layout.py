@@ -69,5 +69,5 @@ def test_the_wheel_holds_the_package_and_no_tests(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    expected |= {"__init__.py", "__main__.py", "hub_upload.py", "model_card.md"}
+    expected |= {"__init__.py", "__main__.py", "app.py", "hub_upload.py", "model_card.md"}
     assert names == {f"deepseek_ocr_vision/{name}" for name in expected}
