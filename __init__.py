@@ -17,6 +17,7 @@ from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.processing import (
     DeepSeekOCRVisionImageProcessor,
     DeepSeekOCRVisionProcessor,
+    TextRenderer,
     text_to_pages,
 )
 from deepseek_ocr_vision.training import (
@@ -51,6 +52,7 @@ __all__ = [
     "ImageTextCollator",
     "Mode",
     "Preset",
+    "TextRenderer",
     "gradient_report",
     "last_complete_checkpoint",
     "layer_decay_groups",

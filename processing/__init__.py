@@ -5,7 +5,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.processing.image_processing_deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor
 from deepseek_ocr_vision.processing.processing_deepseek_ocr_vision import DeepSeekOCRVisionProcessor
-from deepseek_ocr_vision.processing.text_pages import text_to_pages
+from deepseek_ocr_vision.processing.text_pages import TextRenderer, text_to_pages
 
 
 try:
@@ -22,4 +22,4 @@ except TypeError:
     )
 AutoProcessor.register(DeepSeekOCRVisionConfig, DeepSeekOCRVisionProcessor, exist_ok=True)
 
-__all__ = ["DeepSeekOCRVisionImageProcessor", "DeepSeekOCRVisionProcessor", "text_to_pages"]
+__all__ = ["DeepSeekOCRVisionImageProcessor", "DeepSeekOCRVisionProcessor", "TextRenderer", "text_to_pages"]
