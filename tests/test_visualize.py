@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, TOLERANCE, pixels, relative_error, tiny_config
-from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from torch import nn
 
@@ -18,6 +17,8 @@ from deepseek_ocr_vision.__main__ import main
 from deepseek_ocr_vision.visualize import draw_sheet, pca_colors, pixel_gradient, view_page
 from deepseek_ocr_vision.visualize.maps import on_grid
 
+
+matplotlib = pytest.importorskip("matplotlib", reason="the extra `train` is not installed")
 
 GREY = (127, 127, 127)
 WIDE, HIGH = (300, 120), (90, 200)
@@ -427,7 +428,7 @@ def test_numbers_that_are_all_equal_are_drawn_as_the_lowest(view):
     """Pins 0 / 0, which is drawn in no colour at all: a number that no pixel changes."""
     gradient = view.pixel_gradient(lambda tokens: (tokens * 0).sum())
     picture = np.asarray(gradient.picture(alpha=1.0)).reshape(-1, 3)
-    assert np.array_equal(np.unique(picture, axis=0), [colormaps["magma"](0.0, bytes=True)[:3]])
+    assert np.array_equal(np.unique(picture, axis=0), [matplotlib.colormaps["magma"](0.0, bytes=True)[:3]])
 
 
 def test_the_sheet_of_an_empty_and_very_high_page_is_drawn(tiny_model):
