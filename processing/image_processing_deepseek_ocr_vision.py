@@ -85,7 +85,7 @@ _TORCHVISION_MODES = {
 }
 
 
-class DeepSeekOCRVisionImagesKwargs(ImagesKwargs, total=False):
+class DeepSeekOCRVisionImageProcessorKwargs(ImagesKwargs, total=False):
     """What transformers' processors may hand on to the image processor, besides what every one of them knows."""
 
     preset: str | None
@@ -179,7 +179,7 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
     """
 
     model_input_names: ClassVar = ["pixel_values", "pixel_values_local", "num_local_patches", "patches_grid"]
-    valid_kwargs = DeepSeekOCRVisionImagesKwargs
+    valid_kwargs = DeepSeekOCRVisionImageProcessorKwargs
     code_entries: ClassVar = ("AutoImageProcessor", "AutoProcessor")
 
     def __init__(
@@ -658,4 +658,4 @@ def _packed(pixels: torch.Tensor | list[torch.Tensor], return_tensors: str | Non
     return pixels if return_tensors == "pt" else pixels.cpu().numpy()
 
 
-__all__ = ["DeepSeekOCRVisionImageProcessor", "DeepSeekOCRVisionImagesKwargs"]
+__all__ = ["DeepSeekOCRVisionImageProcessor", "DeepSeekOCRVisionImageProcessorKwargs"]
