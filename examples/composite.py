@@ -5,6 +5,7 @@ tokenizer of bytes, so that an example shows something in minutes on a laptop.
 """
 
 import logging
+from dataclasses import dataclass, field
 
 import jinja2
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    TrainingArguments,
 )
 
 from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
@@ -243,3 +245,22 @@ def load_language_model(checkpoint: str, *, dtype: torch.dtype) -> PreTrainedMod
             "embeddings; LLaVA ties these only where they are called `embed_tokens`, as in Llama and Qwen."
         )
     return causal
+
+
+# How it is trained
+
+
+@dataclass
+class SmallModelArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with defaults that suit the small model, and pictures in the batches."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    warmup_steps: float = field(default=200, metadata={"help": "Steps in which the learning rate rises from 0."})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second beta."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep of each run."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin memory, for GPUs."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it: the collator needs the pictures."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone while training."})
+    report_to: str = field(default="none", metadata={"help": "Where Trainer reports to, such as `tensorboard`."})

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from composite import IMAGE_TOKEN, build_model, build_processor
+from composite import IMAGE_TOKEN, SmallModelArguments, build_model, build_processor
 from pages import CREDIT, load_handwritten_pages, load_own_pages
 from report import Result, draw_losses, draw_predictions, format_report, format_scores, replacing, write_text
 from safetensors.torch import save_file
@@ -43,7 +43,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
@@ -127,8 +126,8 @@ class ModelArguments:
 
 
 @dataclass
-class FinetuneArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with defaults that suit the small model."""
+class FinetuneArguments(SmallModelArguments):
+    """How to train, and where to."""
 
     output_dir: str = field(default="outputs/finetune", metadata={"help": "Folder for everything this script makes."})
     overwrite: bool = field(
@@ -149,20 +148,10 @@ class FinetuneArguments(TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Pages a step and device."})
     per_device_eval_batch_size: int = field(default=100, metadata={"help": "Pages read at once."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
-    warmup_steps: float = field(default=200, metadata={"help": "Steps in which the learning rate rises from 0."})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second beta."})
     logging_steps: float = field(default=20, metadata={"help": "Log the loss, a mean over as many steps."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to compute the loss on held-out pages."})
     eval_steps: float | None = field(default=220, metadata={"help": "Compute that loss every so many steps."})
     save_steps: float = field(default=220, metadata={"help": "Write a checkpoint every so many steps."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep of each run."})
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin memory, for GPUs."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it: the collator needs the pictures."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone while training."})
-    report_to: str = field(default="none", metadata={"help": "Where Trainer reports to, such as `tensorboard`."})
     seed: int = field(default=0, metadata={"help": "Decides pages, splits, new weights and the pages' order."})
 
 

@@ -35,7 +35,7 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 import torch
-from composite import build_model, build_processor
+from composite import SmallModelArguments, build_model, build_processor
 from matplotlib.figure import Figure
 from passages import SPLITS, Passages, read_texts, split_texts, with_pages_of_another, without_pages
 from PIL import Image
@@ -47,6 +47,7 @@ from report import (
     character_error_rate,
     device_name,
     duration,
+    markdown_table,
     page_accuracy,
     replacing,
     save_figure,
@@ -59,7 +60,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
@@ -140,27 +140,17 @@ class ModelArguments:
 
 
 @dataclass
-class MemoryArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with defaults that suit the small model."""
+class MemoryArguments(SmallModelArguments):
+    """How to train, and where to."""
 
     output_dir: str = field(default="outputs/optical_memory", metadata={"help": "Folder for all that this makes."})
     max_steps: int = field(default=1500, metadata={"help": "Optimizer steps of each run."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Passages a step and device."})
     per_device_eval_batch_size: int = field(default=100, metadata={"help": "Passages measured at once."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
-    warmup_steps: float = field(default=200, metadata={"help": "Steps in which the learning rate rises from 0."})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second beta."})
     logging_steps: float = field(default=50, metadata={"help": "Log the loss, a mean over as many steps."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to compute the losses on held-out passages."})
     eval_steps: float | None = field(default=150, metadata={"help": "Compute those losses every so many steps."})
     save_steps: float = field(default=300, metadata={"help": "Write a checkpoint every so many steps."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep of each run."})
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin memory, for GPUs."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it: the collator needs the pictures."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone while training."})
-    report_to: str = field(default="none", metadata={"help": "Where Trainer reports to, such as `tensorboard`."})
     seed: int = field(default=0, metadata={"help": "Decides passages, splits, new weights and the order."})
 
 
@@ -314,9 +304,7 @@ def format_table(results: list[MemoryResult]) -> str:
         row("encoder tensors changed", lambda r: f"{r.changed_encoder_tensors} of {r.encoder_tensors}"),
         row("training", duration),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return markdown_table(rows)
 
 
 def format_report(results: list[MemoryResult], splits: dict[str, Passages], *, num_tokens: int, seed: int) -> str:

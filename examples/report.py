@@ -120,7 +120,11 @@ def duration(result: Result) -> str:
 
 def format_scores(results: list[Result], unit: str) -> str:
     """The table of results as Markdown, its columns aligned."""
-    rows = score_rows(results, unit)
+    return markdown_table(score_rows(results, unit))
+
+
+def markdown_table(rows: list[tuple[str, ...]]) -> str:
+    """A heading and rows as Markdown, the columns aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
