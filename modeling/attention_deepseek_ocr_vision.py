@@ -27,6 +27,7 @@ get the bias as a tensor too. The CLIP stage has no bias; there all three names 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionC
 BLOCK_BYTES = 16 << 20
 """Size of a block of logits. Of 1 to 64 MiB, 16 were fastest in both dtypes for a global block at 1024 on two cores
 with AVX-512 and AMX (float32 0.29 s, bfloat16 0.18 s; with 2 MiB 0.38 s and 0.51 s), windows fit in any."""
+
+COPY_BYTES = 6 << 20
+"""How much of queries, keys and values is copied at once: in float32 at 1024, two heads of a page. All twelve took the
+same time, and the peak of a step with gradient checkpointing was 0.3 GB higher."""
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -276,10 +281,10 @@ def _windowed_attention(
 class _Windows:
     """Windows of one picture side by side, all with as much padding, as the blockwise attention sees them.
 
-    Letters: s and t rows and columns of a window that are not padding, G the heads of all windows.
+    Letters: s and t rows and columns of a window that are not padding, G the covered heads of all windows.
 
     Attributes:
-        place: Rows and columns of the grid that they cover.
+        place: Rows, columns and heads of the grid that they cover.
         shape: (windows below each other, windows beside each other, heads, s, t, D).
         query: [G, s, t, D], only of tokens that are not padding; nobody looks at the others' output.
         key: [G, N, D], of all S x T tokens.
@@ -291,7 +296,7 @@ class _Windows:
             is not rounded.
     """
 
-    place: tuple[slice, slice]
+    place: tuple[slice, slice, slice]
     shape: tuple[int, ...]
     query: torch.Tensor
     key: torch.Tensor
@@ -323,10 +328,10 @@ class _Windows:
             for row in range(0, num_rows, rows):
                 yield slice(head, min(head + heads, num_heads)), slice(row, min(row + rows, num_rows))
 
-    def weights(self, heads: slice, rows: slice, scratch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """The attention weights of a block, [g, n, N], in the second of two scratch tensors."""
+    def weights(self, heads: slice, rows: slice, scratch: torch.Tensor) -> torch.Tensor:
+        """The attention weights of a block, [g, n, N], in a scratch tensor, in which its logits are made before."""
         size = (*self.rel_h[heads, rows].shape, self.rel_w.shape[-1])  # [g, s, t, S, T]
-        logits, weights = (_shaped(tensor, size).flatten(3).flatten(1, 2) for tensor in scratch)
+        logits = _shaped(scratch, size).flatten(3).flatten(1, 2)
         if self.folded is not None:
             query, key = self.folded
             torch.bmm(query[heads, rows].flatten(1, 2), key[heads].transpose(1, 2), out=logits)
@@ -334,7 +339,7 @@ class _Windows:
             torch.add(self.rel_h[heads, rows, :, :, None], self.rel_w[heads, rows, :, None], out=logits.view(size))
             query, key = self.query[heads, rows].flatten(1, 2), self.key[heads]
             logits.baddbmm_(query, key.transpose(1, 2), alpha=self.query.shape[-1] ** -0.5)
-        return torch.softmax(logits, dim=-1, out=weights)
+        return torch.softmax(logits, dim=-1, out=logits)
 
 
 def _shaped(scratch: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -352,31 +357,40 @@ def _cuts(length: int, side: int) -> Iterator[tuple[slice, int, int]]:
         yield slice(whole * side, length), 1, length % side
 
 
+def _heads_to_copy(qkv: torch.Tensor) -> Iterator[slice]:
+    """Heads of a projection [H, W, 3, A, D] whose queries, keys and values are copied at once."""
+    num_heads = qkv.shape[3]
+    heads = max(1, COPY_BYTES * num_heads // (qkv.numel() * qkv.element_size()))
+    for head in range(0, num_heads, heads):
+        yield slice(head, min(head + heads, num_heads))
+
+
 def _windows(
     qkv: torch.Tensor,  # [H, W, 3, A, D]
     padding: torch.Tensor | None,  # [3C]
     table_h: torch.Tensor,  # [S, S, D]
     table_w: torch.Tensor,  # [T, T, D]
 ) -> Iterator[_Windows]:
-    """The windows of one picture: those without padding, those at its edges, and that in the corner."""
-    height, width, *parts = qkv.shape
+    """The windows of one picture, some heads at a time: those without padding, at its edges, in the corner."""
+    height, width, *_ = qkv.shape
     window = (table_h.shape[0], table_w.shape[0])
-    for rows, down, num_rows in _cuts(height, window[0]):
-        for columns, across, num_columns in _cuts(width, window[1]):
-            real = qkv[rows, columns].unflatten(1, (across, num_columns)).unflatten(0, (down, num_rows))
-            whole = real  # [windows below, S, windows beside, T, 3, A, D]
-            if (num_rows, num_columns) != window:
-                whole = padding.view(*parts).repeat(down, window[0], across, window[1], 1, 1, 1)
-                whole[:, :num_rows, :, :num_columns] = real
-            # One copy here, or the matrix products of every block would make their own.
-            query = real[:, :, :, :, 0].permute(0, 2, 4, 1, 3, 5).contiguous()
-            key, value = whole[:, :, :, :, 1:].permute(4, 0, 2, 5, 1, 3, 6).contiguous().flatten(1, 3).flatten(2, 3)
-            shape, query = query.shape, query.flatten(0, 2)
-            rel_h, rel_w = relative_position_terms(query, table_h, table_w)
-            folded = None
-            if qkv.dtype.itemsize < 4:
-                folded = fold_bias(query * query.shape[-1] ** -0.5, key, rel_h, rel_w)
-            yield _Windows((rows, columns), tuple(shape), query, key, value, rel_h, rel_w, folded)
+    cuts = product(_heads_to_copy(qkv), _cuts(height, window[0]), _cuts(width, window[1]))
+    for heads, (rows, down, num_rows), (columns, across, num_columns) in cuts:
+        real = qkv[rows, columns, :, heads].unflatten(1, (across, num_columns)).unflatten(0, (down, num_rows))
+        whole = real  # [windows below, S, windows beside, T, 3, A, D]
+        if (num_rows, num_columns) != window:
+            parts = padding.view(qkv.shape[2:])[:, heads]  # [3, A, D]
+            whole = parts.repeat(down, window[0], across, window[1], 1, 1, 1)
+            whole[:, :num_rows, :, :num_columns] = real
+        # One copy here, or the matrix products of every block would make their own.
+        query = real[:, :, :, :, 0].permute(0, 2, 4, 1, 3, 5).contiguous()
+        key, value = whole[:, :, :, :, 1:].permute(4, 0, 2, 5, 1, 3, 6).contiguous().flatten(1, 3).flatten(2, 3)
+        shape, query = query.shape, query.flatten(0, 2)
+        rel_h, rel_w = relative_position_terms(query, table_h, table_w)
+        folded = None
+        if qkv.dtype.itemsize < 4:
+            folded = fold_bias(query * query.shape[-1] ** -0.5, key, rel_h, rel_w)
+        yield _Windows((rows, columns, heads), tuple(shape), query, key, value, rel_h, rel_w, folded)
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -392,7 +406,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         ctx: Any, qkv: torch.Tensor, padding: torch.Tensor | None, table_h: torch.Tensor, table_w: torch.Tensor
     ) -> torch.Tensor:
         output = torch.empty_like(qkv[:, :, :, 0], memory_format=torch.contiguous_format)
-        scratch = qkv.new_empty(0), qkv.new_empty(0)
+        scratch = qkv.new_empty(0)
         for picture, picture_output in zip(qkv, output, strict=True):
             for windows in _windows(picture, padding, table_h, table_w):
                 attended = torch.empty_like(windows.query)
@@ -442,9 +456,9 @@ def _window_gradients(
     grad_key, grad_value = (torch.zeros_like(part, dtype=dtype) for part in (windows.key, windows.value))
     for heads, rows in windows.blocks():
         query, grad = (part[heads, rows].flatten(1, 2) for part in (windows.query, grad_output))  # [g, n, D]
-        weights = windows.weights(heads, rows, scratch)  # [g, n, N]
+        weights = windows.weights(heads, rows, scratch[0])  # [g, n, N]
         grad_value[heads] += weights.transpose(1, 2) @ grad
-        grad_logits = _shaped(scratch[0], weights.shape)
+        grad_logits = _shaped(scratch[1], weights.shape)
         torch.bmm(grad, windows.value[heads].transpose(1, 2), out=grad_logits)
         grad_logits.sub_(delta[heads, rows].flatten(1, 2)).mul_(weights)
         grad_query[heads, rows] = (grad_logits @ windows.key[heads]).mul_(scaling).view(grad_query[heads, rows].shape)
@@ -467,7 +481,8 @@ def _without_padding(
     real = grad[:, :rows, :columns]
     if real.shape != grad.shape:
         padded = grad.sum((1, 2)) - real.sum((1, 2))  # [G, D]
-        grad_padding.view(3, num_heads, head_dim)[part] += padded.view(down * across, num_heads, head_dim).sum(0)
+        *_, covered = windows.place
+        grad_padding.view(3, -1, head_dim)[part, covered] += padded.view(down * across, num_heads, head_dim).sum(0)
     return real
 
 

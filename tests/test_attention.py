@@ -29,12 +29,13 @@ def outputs_and_gradients(
     return [output.detach(), *gradients]
 
 
-@pytest.mark.parametrize("block_bytes", [1, 1000, 5000, 1 << 24])
+@pytest.mark.parametrize(("block_bytes", "copy_bytes"), [(1, 1), (1000, 1 << 24), (5000, 1), (1 << 24, 1 << 24)])
 @pytest.mark.parametrize("window_size", [0, 3, 4, 8, 11])
 @pytest.mark.parametrize("grid", [(8, 8), (5, 9), (7, 4)])
-def test_blocks_windows_and_padding_change_nothing(monkeypatch, grid, window_size, block_bytes):
-    """Pins every cut: blocks of one row of one head, windows that divide the grid, that do not, larger than it is."""
+def test_blocks_windows_and_padding_change_nothing(monkeypatch, grid, window_size, block_bytes, copy_bytes):
+    """Pins every cut: blocks of one row of one head, copies of one head, windows that divide the grid or do not."""
     monkeypatch.setattr(attention, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(attention, "COPY_BYTES", copy_bytes)
     module = make_attention(window_size)
     hidden_states = torch.randn(2, *grid, 32, dtype=torch.float64)
     expected = outputs_and_gradients(module, "eager", hidden_states)
