@@ -14,6 +14,7 @@ Rows:
     frozen         peak memory of a projector behind the frozen encoder, and of training CLIP alone
     batch          four pages at once beside one
     preprocessing  pages to pixel_values, beside torchvision and transformers' CLIP processor
+    malloc         what it costs and saves that glibc keeps freed memory, or gives it back (not by default)
     compile        whether torch.compile helps (not by default; compiling takes minutes)
     profile        seconds by part, forward and backward (not by default)
     matrix         memory and time at 512, 640, 1024 and 1280 pixels by what is trained, with and without
@@ -41,7 +42,7 @@ from benchmarks.workers import ROOT, JobError
 
 INTERRUPTED = 130
 BUSY = 0.5  # load average above which times are no longer this tool's own
-OPTIONAL_ROWS = ("compile", "profile", "matrix", "composite")
+OPTIONAL_ROWS = ("malloc", "compile", "profile", "matrix", "composite")
 QUICK = {"size": 512, "pairs": 1, "largest_measured": 512}
 
 
@@ -127,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=_row_names, metavar="ROW,ROW", help="measure these rows and no others")
     add("--quick", action="store_true", help="pages of 512 x 512 and one pair; the marks are for 1024")
     add("--profile", action="store_true", help="also the row profile")
+    add("--malloc", action="store_true", help="also the row malloc")
     add("--compile", action="store_true", help="also the row compile")
     add("--matrix", action="store_true", help="also the row matrix")
     add("--composite", action="store_true", help="also the row composite")

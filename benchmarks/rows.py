@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.memory import logits_memory, step_memory
 from benchmarks.operations import forward_operations, step_operations
-from benchmarks.workers import Job, JobError, Worker, available_memory
+from benchmarks.workers import MALLOC_THRESHOLDS, Job, JobError, Worker, available_memory
 from benchmarks.workloads import LORA_RANK, WAYS, encoder_config
 
 
@@ -26,8 +26,8 @@ COMPOSITE_TRAINING = ("projector", "frozen", "clip", "full")
 # What a process holds before there is a model, as long as none has been measured.
 TYPICAL_PROCESS = 800_000_000
 SPARE_MEMORY = 500_000_000
-# Freed blocks that glibc keeps for itself were half a gigabyte of a step with checkpointing.
-MMAP_THRESHOLD = 1 << 20
+# glibc gives back what is freed, or keeps it: all but the smallest blocks, and whatever a step frees.
+GIVEN_BACK, KEPT = 1 << 20, 4 << 30
 
 
 @dataclass
@@ -315,7 +315,7 @@ def train(bench: Bench, result: dict[str, Any]) -> None:
 
 
 def memory(bench: Bench, result: dict[str, Any]) -> None:
-    """Peak memory of that step, without and with gradient checkpointing, and as a tuned C library gives it back."""
+    """Peak memory of that step, without and with gradient checkpointing, and as glibc can be told to give it back."""
     job = bench.job(training="full")
     result["peaks"] = {}
     result["lines"] = []
@@ -323,8 +323,8 @@ def memory(bench: Bench, result: dict[str, Any]) -> None:
         (job, "", {"at_most": 0.57, "own_modules": 1.01, "floor": 0.30}),
         (replace(job, checkpointing=True), ", checkpointing", {"at_most": 0.38}),
         (
-            replace(job, checkpointing=True, mmap_threshold=MMAP_THRESHOLD),
-            ", checkpointing, mmap threshold",
+            replace(job, checkpointing=True, malloc_threshold=GIVEN_BACK),
+            ", checkpointing, freed memory given back",
             {"at_most": 0.38},
         ),
     )
@@ -333,9 +333,31 @@ def memory(bench: Bench, result: dict[str, Any]) -> None:
         ours = bench.peak(case)
         result["peaks"] |= {f"{THEIRS}{name}": theirs, f"{OURS}{name}": ours}
         line = _memory_line(f"forward + backward, float32{name}: peak memory", ours, theirs, THEIRS, **marks)
-        if case.mmap_threshold is not None:
-            line.note += f"; both with MALLOC_MMAP_THRESHOLD_={case.mmap_threshold}"
+        if case.malloc_threshold is not None:
+            line.note += f"; both with {_thresholds(case.malloc_threshold)}"
         result["lines"].append(line)
+
+
+def malloc(bench: Bench, result: dict[str, Any]) -> None:
+    """What it costs and saves that glibc keeps freed memory, or gives it back; beside what it does by default."""
+    default = bench.job(training="full", gives_back=False)
+    cases = {"kept": KEPT, "given back": GIVEN_BACK}
+    jobs = {name: replace(default, malloc_threshold=threshold) for name, threshold in cases.items()}
+    rounds = bench.in_turn({"default": default} | jobs)
+    result["rounds"] = rounds.seconds
+    result["peaks"] = {"default": bench.peak(default)}
+    result["lines"] = []
+    for name, job in jobs.items():
+        what, beside = f"forward + backward, float32, freed memory {name}", "glibc's default"
+        time = rounds.line(f"{what}: time", name, "default", beside=beside)
+        time.note = f"{_thresholds(job.malloc_threshold)}; no memory is given back between the steps"
+        peak = result["peaks"][name] = bench.peak(job)
+        memory = _memory_line(f"{what}: peak memory", peak, result["peaks"]["default"], beside)
+        result["lines"] += [time, memory]
+
+
+def _thresholds(threshold: int) -> str:
+    return " ".join(f"{name}={threshold}" for name in MALLOC_THRESHOLDS)
 
 
 def _memory_line(what: str, ours: dict, theirs: dict, beside: str, **marks: float) -> Line:
@@ -507,6 +529,7 @@ ROWS: dict[str, Callable[[Bench, dict[str, Any]], None]] = {
     "frozen": frozen,
     "batch": batch,
     "preprocessing": preprocessing,
+    "malloc": malloc,
     "compile": compile_,
     "profile": profile,
     "matrix": matrix,

@@ -16,6 +16,9 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Of blocks mapped one by one, and of what is free at the end of the heap.
+MALLOC_THRESHOLDS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+
 Contestant = Literal["project", "unlimited-ocr", "deepseek-ocr-encoder", "composite", "preprocessing"]
 Training = Literal["nothing", "projector", "frozen", "clip", "lora", "full"]
 
@@ -34,8 +37,9 @@ class Job:
         dtype: Of weights and pixels.
         checkpointing: Whether gradient checkpointing is on.
         compiled: Whether the encoder goes through `torch.compile`.
-        mmap_threshold: From how many bytes on glibc maps memory of its own, and gives it back at once when it is
-            freed; by default it learns a larger and larger size.
+        malloc_threshold: From how many bytes on glibc gives freed memory back to the system at once; by default it
+            begins small and learns, up to 32 MiB.
+        gives_back: Whether a step ends with freed memory given back all the same, for the process that is next.
         device: `"cpu"` or `"cuda"`.
         threads: PyTorch's threads; by default as many as it takes.
         seed: Of weights and pixels.
@@ -49,7 +53,8 @@ class Job:
     dtype: str = "float32"
     checkpointing: bool = False
     compiled: bool = False
-    mmap_threshold: int | None = None
+    malloc_threshold: int | None = None
+    gives_back: bool = True
     device: str = "cpu"
     threads: int | None = None
     seed: int = 0
@@ -66,8 +71,8 @@ class Worker:
     def __init__(self, job: Job):
         self.job = job
         environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        if job.mmap_threshold is not None:
-            environment["MALLOC_MMAP_THRESHOLD_"] = str(job.mmap_threshold)
+        if job.malloc_threshold is not None:
+            environment |= dict.fromkeys(MALLOC_THRESHOLDS, str(job.malloc_threshold))
         self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.workloads", json.dumps(asdict(job))],

@@ -277,10 +277,12 @@ class Workload:
         return torch.cat([page, text]).repeat(len(pixel_values), 1)
 
     def _release(self) -> None:
-        """Drop the gradients, and give freed memory back: another process may be the next to need it."""
+        """Drop the gradients and, as long as nothing else is asked for, give freed memory back."""
         for module in (self.model, self.projector):
             if module is not None:
                 module.zero_grad(set_to_none=True)
+        if not self.job.gives_back:
+            return
         # Only where the C library is glibc.
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
