@@ -45,8 +45,9 @@ BLOCK_BYTES = 16 << 20
 with AVX-512 and AMX (float32 0.29 s, bfloat16 0.18 s; with 2 MiB 0.38 s and 0.51 s), windows fit in any."""
 
 COPY_BYTES = 6 << 20
-"""How much of queries, keys and values is copied at once: in float32 at 1024, two heads of a page. All twelve took the
-same time, and the peak of a step with gradient checkpointing was 0.3 GB higher."""
+"""How much of queries, keys and values the backward pass copies at once: in float32 at 1024, two heads of a page. With
+all twelve the peak of a step with gradient checkpointing was 0.3 GB higher. The forward pass copies all: with two at a
+time four pages took 20.6 s in place of 18.3 s, for memory that glibc gave back and got again."""
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -357,10 +358,10 @@ def _cuts(length: int, side: int) -> Iterator[tuple[slice, int, int]]:
         yield slice(whole * side, length), 1, length % side
 
 
-def _heads_to_copy(qkv: torch.Tensor) -> Iterator[slice]:
+def _heads_to_copy(qkv: torch.Tensor, copy_bytes: int) -> Iterator[slice]:
     """Heads of a projection [H, W, 3, A, D] whose queries, keys and values are copied at once."""
     num_heads = qkv.shape[3]
-    heads = max(1, COPY_BYTES * num_heads // (qkv.numel() * qkv.element_size()))
+    heads = max(1, copy_bytes * num_heads // (qkv.numel() * qkv.element_size()))
     for head in range(0, num_heads, heads):
         yield slice(head, min(head + heads, num_heads))
 
@@ -370,11 +371,13 @@ def _windows(
     padding: torch.Tensor | None,  # [3C]
     table_h: torch.Tensor,  # [S, S, D]
     table_w: torch.Tensor,  # [T, T, D]
+    *,
+    copy_bytes: int,
 ) -> Iterator[_Windows]:
     """The windows of one picture, some heads at a time: those without padding, at its edges, in the corner."""
     height, width, *_ = qkv.shape
     window = (table_h.shape[0], table_w.shape[0])
-    cuts = product(_heads_to_copy(qkv), _cuts(height, window[0]), _cuts(width, window[1]))
+    cuts = product(_heads_to_copy(qkv, copy_bytes), _cuts(height, window[0]), _cuts(width, window[1]))
     for heads, (rows, down, num_rows), (columns, across, num_columns) in cuts:
         real = qkv[rows, columns, :, heads].unflatten(1, (across, num_columns)).unflatten(0, (down, num_rows))
         whole = real  # [windows below, S, windows beside, T, 3, A, D]
@@ -408,7 +411,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         output = torch.empty_like(qkv[:, :, :, 0], memory_format=torch.contiguous_format)
         scratch = qkv.new_empty(0)
         for picture, picture_output in zip(qkv, output, strict=True):
-            for windows in _windows(picture, padding, table_h, table_w):
+            for windows in _windows(picture, padding, table_h, table_w, copy_bytes=picture.nbytes):
                 attended = torch.empty_like(windows.query)
                 for heads, rows in windows.blocks():
                     block = windows.weights(heads, rows, scratch) @ windows.value[heads]
@@ -427,7 +430,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         sums = [None if part is None else torch.zeros_like(part, dtype=dtype) for part in (padding, table_h, table_w)]
         scratch = qkv.new_empty(0), qkv.new_empty(0)
         for index, picture in enumerate(qkv):
-            for windows in _windows(picture, padding, table_h, table_w):
+            for windows in _windows(picture, padding, table_h, table_w, copy_bytes=COPY_BYTES):
                 grad = windows.gathered(grad_output[index])  # [G, s, t, D]
                 delta = (grad * windows.gathered(output[index])).sum(-1, keepdim=True)  # [G, s, t, 1]
                 grad_query, *grads, grad_rel_h, grad_rel_w = _window_gradients(windows, grad, delta, scratch)
