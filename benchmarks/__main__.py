@@ -3,7 +3,7 @@
     python -m benchmarks                     # the default rows; about 20 minutes on two cores
     python -m benchmarks --quick             # the same on pages of 512 x 512, one pair; about 3 minutes
     python -m benchmarks --rows train,memory # these rows only
-    python -m benchmarks --all --update-docs # everything, and into docs/ (about 45 minutes)
+    python -m benchmarks --all --update-docs # everything, and into docs/ (about 50 minutes)
 
 Rows:
 

@@ -14,8 +14,6 @@ from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
 
 STATISTICS = 4  # bytes a value of what norms and softmax keep, whatever the dtype
 LORA_RANK = 8
-# Tensors as wide as the MLP that an activation keeps: its input; quick GELU, x * sigmoid(1.702 x), the sigmoid too.
-KEPT_BY_ACTIVATION = {"quick_gelu": 2}
 
 
 @dataclass(frozen=True)
@@ -126,12 +124,12 @@ def _part(config: DeepSeekOCRVisionConfig, size: int, case: _Case, name: str, co
     num_tokens = num_patches // 16 + (config.feature_mode != "residual")
     if name.startswith("sam.blocks."):
         is_first = name == "sam.blocks.0"
-        shape = _LayerShape(num_patches, sam.hidden_size, sam.mlp_dim, sam.hidden_act, statistics=4)
+        shape = _LayerShape(num_patches, sam.hidden_size, sam.mlp_dim, statistics=4)
         return _layer(case, count, shape, is_trained=_is_trained(case, name), is_first=is_first)
     if name.startswith("clip.layers."):
         # SDPA keeps the logarithm of a sum for each query of each head.
-        shape = (num_tokens, clip.hidden_size, clip.intermediate_size, clip.hidden_act)
-        shape = _LayerShape(*shape, statistics=4 + clip.num_attention_heads)
+        statistics = 4 + clip.num_attention_heads
+        shape = _LayerShape(num_tokens, clip.hidden_size, clip.intermediate_size, statistics=statistics)
         return _layer(case, count, shape, is_trained=_is_trained(case, name), is_first=False)
     width, (middle_width, out_width) = sam.output_channels, sam.downsample_channels
     # What goes into each convolution, norm and linear layer, and what comes out of the last.
@@ -161,14 +159,12 @@ class _LayerShape:
         num_tokens: That pass through it.
         width: Of a token.
         mlp_width: Hidden width of its MLP.
-        activation: Of its MLP.
         statistics: Values in float32 that norms and attention keep for each token.
     """
 
     num_tokens: int
     width: int
     mlp_width: int
-    activation: str
     statistics: int
 
 
@@ -178,11 +174,12 @@ def _layer(case: _Case, count: int, shape: _LayerShape, *, is_trained: bool, is_
     working = case.value_size * shape.num_tokens * (2 * mlp_width + 3 * width)
     if not is_trained and case.training != "lora":
         return Part(count, working=working)
-    # Of both norms the input, of the qkv projection the input and the output, and the attention's output.
-    values = width + width + width + 3 * width + width + KEPT_BY_ACTIVATION.get(shape.activation, 1) * mlp_width
+    # Of both norms the input, of the qkv projection the input and the output, the attention's output, and what goes
+    # into the activation of the MLP.
+    values = width + width + width + 3 * width + width + mlp_width
     if is_trained:
-        # What the two linear layers of the MLP read; of a frozen one nothing is kept.
-        values += width + mlp_width
+        # What the MLP reads; of a frozen one it is not kept.
+        values += width
     else:
         values += LORA_RANK - (width if is_first else 0)
     kept = shape.num_tokens * (case.value_size * values + STATISTICS * shape.statistics)

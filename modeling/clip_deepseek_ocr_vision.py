@@ -15,6 +15,7 @@ from .attention_deepseek_ocr_vision import ClipAttention
 from .base_deepseek_ocr_vision import (
     DeepSeekOCRVisionPreTrainedModel,
     checkpointable,
+    feed_forward,
     resize_positions,
     without_drawing,
 )
@@ -55,7 +56,7 @@ class ClipMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, N, C] -> [B, N, C]
-        return self.fc2(self.act(self.fc1(hidden_states)))
+        return feed_forward(hidden_states, self.fc1, self.act, self.fc2)
 
 
 class ClipLayer(GradientCheckpointingLayer):

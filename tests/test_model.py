@@ -6,7 +6,6 @@ import torch
 from helpers import FEATURE_MODES, IMPLEMENTATIONS, TOLERANCE, pixels, relative_error, tiny_config
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.modeling import sam_deepseek_ocr_vision
 
 
 @pytest.mark.parametrize("feature_mode", FEATURE_MODES)
@@ -277,14 +276,3 @@ def test_exported_it_gives_the_same_tokens(tiny_model):
     """Pins `torch.export`."""
     program = torch.export.export(tiny_model.eval(), (pixels(),))
     assert relative_error(program.module()(pixels()).last_hidden_state, tiny_model(pixels()).last_hidden_state) < 1e-5
-
-
-def test_an_mlp_in_pieces_computes_the_same(tiny_model, monkeypatch):
-    """Pins the pieces that a pass without gradients is cut into, whatever their size, and that a kept one is whole."""
-    expected = tiny_model(pixels()).last_hidden_state
-    assert expected.requires_grad
-    for size in (1, 50, 64, 1000):
-        monkeypatch.setattr(sam_deepseek_ocr_vision, "MLP_TOKENS", size)
-        with torch.no_grad():
-            assert relative_error(tiny_model(pixels()).last_hidden_state, expected) < 1e-5
-            assert tiny_model(pixels(1)[:0]).last_hidden_state.shape == (0, 4, 32)
