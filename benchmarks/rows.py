@@ -124,8 +124,8 @@ class Bench:
 
         Args:
             jobs: Name to job. The first has to succeed; another that fails is left out from then on.
-            products: Whether the first one's process multiplies plain matrices in every round as well; its speed is in
-                the rounds as `"product"`, in operations per second.
+            products: Whether the first one's process multiplies plain matrices in every round as well; its speeds are
+                in the rounds as `"product"` and `"in place"`, in operations per second.
 
         Raises:
             JobError: The first one failed, or memory does not suffice.
@@ -140,7 +140,8 @@ class Bench:
             for index in range(self.settings.pairs + 1):
                 one = {}
                 if products:
-                    one["product"] = workers[first].ask("product")["operations_per_second"]
+                    answer = workers[first].ask("product")
+                    one |= {"product": answer["operations_per_second"], "in place": answer["in_place_per_second"]}
                 for name, worker in list(workers.items()):
                     answer = self._try(rounds, workers, name, lambda w=worker: w.ask("step"), required=name == first)
                     one |= {name: answer["seconds"]} if answer else {}
@@ -275,7 +276,12 @@ def _forward(
     shares = [100 * operations / (one[OURS] * one["product"]) for one in rounds.seconds]
     share, product = statistics.median(shares), rounds.median("product")
     speed = operations / rounds.median(OURS)
-    note = f"{operations / 1e9:,.0f} GFLOP; {share * needed / operations:.0f} % without the padding of windows"
+    in_place = rounds.median("in place")
+    note = (
+        f"{operations / 1e9:,.0f} GFLOP; {share * needed / operations:.0f} % without the padding of windows; "
+        f"{100 * speed / in_place:.0f} % of the {in_place / 1e9:.0f} GFLOP/s of the same product into memory that is "
+        "there already"
+    )
     what = f"forward, {dtype}"
     result["lines"] = [
         rounds.line(f"{what}: time", OURS, THEIRS, beside=THEIRS, **marks),

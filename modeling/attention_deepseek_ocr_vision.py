@@ -275,7 +275,7 @@ def _windowed_attention(
         output = _folded_attention(module, query, key, value, rel_h, rel_w)
     else:
         output = _masked_attention(attention_function(name), module, query, key, value, rel_h, rel_w)
-    return window_unpartition(output.reshape(windows.shape[0], *window, -1), grid)
+    return window_unpartition(output.flatten(2).unflatten(1, window), grid)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def feed_forward(
         if needs_gradient(hidden_states, expand, contract):
             # To compute again takes 0.4 ms of Python, for which a GPU that has little to do would wait.
             pays = on_cpu or hidden_states.shape[:-1].numel() >= PIECE_TOKENS
-            if pays and _hooks_are_allowed():
+            if pays and _can_compute_again(hidden_states.device):
                 return checkpoint(activate_and_contract, expand(hidden_states), use_reentrant=False)
         elif on_cpu:
             tokens = hidden_states.flatten(0, -2)  # [N, C]
@@ -118,8 +118,12 @@ def needs_gradient(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *parameters))
 
 
-def _hooks_are_allowed() -> bool:
-    """Whether `torch.utils.checkpoint` can be used: the hooks that it needs are not under `torch.func.grad`."""
+def _can_compute_again(device: torch.device) -> bool:
+    """Whether `torch.utils.checkpoint` works here: not where a CUDA graph is recorded, while which the random state
+    cannot be read, nor under `torch.func.grad`, which knows nothing of its hooks.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False
     try:
         with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             return True

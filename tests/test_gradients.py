@@ -174,8 +174,10 @@ def test_autocast_trains_in_bfloat16(tiny_model):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in tiny_model.parameters())
 
 
-def test_an_empty_batch_still_touches_every_parameter(tiny_model):
+@pytest.mark.parametrize("attn_implementation", IMPLEMENTATIONS)
+def test_an_empty_batch_still_touches_every_parameter(tiny_model, attn_implementation):
     """Pins a process of a DDP run whose batch has no pictures: no gradient there makes the others wait for ever."""
+    tiny_model.set_attn_implementation(attn_implementation)
     tokens = tiny_model(pixels(0)).last_hidden_state
     tokens.sum().backward()
     assert tokens.shape == (0, 4, 32)
