@@ -3,7 +3,7 @@
     python -m benchmarks                     # the default rows; about 20 minutes on two cores
     python -m benchmarks --quick             # the same on pages of 512 x 512, one pair; about 3 minutes
     python -m benchmarks --rows train,memory # these rows only
-    python -m benchmarks --all --update-docs # everything, and into docs/ (about 50 minutes)
+    python -m benchmarks --all --update-docs # everything, and into docs/ (about 55 minutes)
 
 Rows:
 
@@ -15,6 +15,7 @@ Rows:
     batch          four pages at once beside one
     preprocessing  pages to pixel_values, beside torchvision and transformers' CLIP processor
     malloc         what it costs and saves that glibc keeps freed memory, or gives it back (not by default)
+    allocators     the same with tcmalloc or jemalloc in glibc's place, if installed (not by default)
     compile        whether torch.compile helps (not by default; compiling takes minutes)
     profile        seconds by part, forward and backward (not by default)
     matrix         memory and time at 512, 640, 1024 and 1280 pixels by what is trained, with and without
@@ -42,7 +43,7 @@ from benchmarks.workers import ROOT, JobError
 
 INTERRUPTED = 130
 BUSY = 0.5  # load average above which times are no longer this tool's own
-OPTIONAL_ROWS = ("malloc", "compile", "profile", "matrix", "composite")
+OPTIONAL_ROWS = ("malloc", "allocators", "compile", "profile", "matrix", "composite")
 QUICK = {"size": 512, "pairs": 1, "largest_measured": 512}
 
 
@@ -129,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="pages of 512 x 512 and one pair; the marks are for 1024")
     add("--profile", action="store_true", help="also the row profile")
     add("--malloc", action="store_true", help="also the row malloc")
+    add("--allocators", action="store_true", help="also the row allocators")
     add("--compile", action="store_true", help="also the row compile")
     add("--matrix", action="store_true", help="also the row matrix")
     add("--composite", action="store_true", help="also the row composite")

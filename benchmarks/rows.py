@@ -9,6 +9,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from ctypes.util import find_library
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,8 @@ TYPICAL_PROCESS = 800_000_000
 SPARE_MEMORY = 500_000_000
 # glibc gives back what is freed, or keeps it: all but the smallest blocks, and whatever a step frees.
 GIVEN_BACK, KEPT = 1 << 20, 4 << 30
+# Debian's packages libtcmalloc-minimal4 and libjemalloc2.
+ALLOCATORS = ("tcmalloc_minimal", "jemalloc")
 
 
 @dataclass
@@ -362,6 +365,29 @@ def malloc(bench: Bench, result: dict[str, Any]) -> None:
         result["lines"] += [time, memory]
 
 
+def allocators(bench: Bench, result: dict[str, Any]) -> None:
+    """The same step with another allocator in glibc's place, and its memory with gradient checkpointing."""
+    default = bench.job(training="full", gives_back=False)
+    installed = {name: replace(default, allocator=name) for name in ALLOCATORS if find_library(name)}
+    rounds = bench.in_turn({"glibc": default} | installed)
+    result["rounds"] = rounds.seconds
+    result["peaks"], result["lines"] = {}, []
+    for name in ALLOCATORS:
+        what, beside = f"forward + backward, float32, {name}", "glibc's allocator"
+        if name not in installed:
+            result["lines"].append(Line(f"{what}: time", beside=beside, skipped=f"lib{name} is not installed"))
+            continue
+        time = rounds.line(f"{what}: time", name, "glibc", beside=beside)
+        time.note = f"LD_PRELOAD={find_library(name)}; no memory is given back between the steps"
+        result["lines"].append(time)
+        for checkpointing, suffix in ((False, ""), (True, ", checkpointing")):
+            jobs = {"glibc": default, name: installed[name]}
+            peaks = {who: bench.peak(replace(job, checkpointing=checkpointing)) for who, job in jobs.items()}
+            result["peaks"] |= {f"{who}{suffix}": peak for who, peak in peaks.items()}
+            line = _memory_line(f"{what}{suffix}: peak memory", peaks[name], peaks["glibc"], beside)
+            result["lines"].append(line)
+
+
 def _thresholds(threshold: int) -> str:
     return " ".join(f"{name}={threshold}" for name in MALLOC_THRESHOLDS)
 
@@ -536,6 +562,7 @@ ROWS: dict[str, Callable[[Bench, dict[str, Any]], None]] = {
     "batch": batch,
     "preprocessing": preprocessing,
     "malloc": malloc,
+    "allocators": allocators,
     "compile": compile_,
     "profile": profile,
     "matrix": matrix,

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from ctypes.util import find_library
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,7 @@ class Job:
         compiled: Whether the encoder goes through `torch.compile`.
         malloc_threshold: From how many bytes on glibc gives freed memory back to the system at once; by default it
             begins small and learns, up to 32 MiB.
+        allocator: The library that takes glibc's place as allocator, as `ctypes.util.find_library` names it.
         gives_back: Whether a step ends with freed memory given back all the same, for the process that is next.
         device: `"cpu"` or `"cuda"`.
         threads: PyTorch's threads; by default as many as it takes.
@@ -54,6 +56,7 @@ class Job:
     checkpointing: bool = False
     compiled: bool = False
     malloc_threshold: int | None = None
+    allocator: str | None = None
     gives_back: bool = True
     device: str = "cpu"
     threads: int | None = None
@@ -73,6 +76,8 @@ class Worker:
         environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         if job.malloc_threshold is not None:
             environment |= dict.fromkeys(MALLOC_THRESHOLDS, str(job.malloc_threshold))
+        if job.allocator is not None:
+            environment["LD_PRELOAD"] = find_library(job.allocator) or job.allocator
         self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.workloads", json.dumps(asdict(job))],
