@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="the extra `train` is not installed")
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command_line
-from benchmarks import report, rows
+from benchmarks import report, rows, workers
 from benchmarks.memory import step_memory
 from benchmarks.operations import PARTS, forward_operations, step_operations
 from benchmarks.workers import Job, JobError, Worker
@@ -247,3 +247,20 @@ def test_a_step_of_the_composite_trains_what_its_row_says(training, parts):
     results = results_of()
     results["composite"] = results.pop("forward") | {"cells": [peak | {"trained": workload.about()["trained"]}]}
     assert f"| 128 | {report.FROZEN[training]} |" in report.tables(results)["composite"]
+
+
+def test_an_allocator_that_is_not_installed_is_left_out_with_the_reason(monkeypatch):
+    """Pins a process that goes on with glibc's allocator, since the loader only warns, under another one's name."""
+    monkeypatch.setattr(rows, "find_library", lambda name: None)
+    result = {}
+    rows.allocators(rows.Bench(rows.Settings(size=64, pairs=1, threads=1, tiny=True)), result)
+    assert [line.skipped for line in result["lines"]] == [f"lib{name} is not installed" for name in rows.ALLOCATORS]
+
+
+def test_a_job_names_the_allocator_of_its_process(monkeypatch):
+    """Pins the variable that the loader reads."""
+    started = {}
+    monkeypatch.setattr(workers, "find_library", lambda name: f"lib{name}.so.4")
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda *args, **options: started.update(options))
+    workers.Worker(Job(tiny=True, allocator="tcmalloc_minimal"))
+    assert started["env"]["LD_PRELOAD"] == "libtcmalloc_minimal.so.4"
