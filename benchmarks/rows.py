@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.memory import logits_memory, step_memory
 from benchmarks.operations import forward_operations, step_operations
-from benchmarks.workers import MALLOC_THRESHOLDS, Job, JobError, Worker, available_memory
+from benchmarks.workers import Job, JobError, Worker, available_memory
 from benchmarks.workloads import LORA_RANK, WAYS, encoder_config
 
 
@@ -343,53 +343,57 @@ def memory(bench: Bench, result: dict[str, Any]) -> None:
         result["peaks"] |= {f"{THEIRS}{name}": theirs, f"{OURS}{name}": ours}
         line = _memory_line(f"forward + backward, float32{name}: peak memory", ours, theirs, THEIRS, **marks)
         if case.malloc_threshold is not None:
-            line.note += f"; both with {_thresholds(case.malloc_threshold)}"
+            line.note += f"; both with {_variables(case)}"
         result["lines"].append(line)
 
 
 def malloc(bench: Bench, result: dict[str, Any]) -> None:
     """What it costs and saves that glibc keeps freed memory, or gives it back; beside what it does by default."""
-    default = bench.job(training="full", gives_back=False)
-    cases = {"kept": KEPT, "given back": GIVEN_BACK}
-    jobs = {name: replace(default, malloc_threshold=threshold) for name, threshold in cases.items()}
-    rounds = bench.in_turn({"default": default} | jobs)
-    result["rounds"] = rounds.seconds
-    result["peaks"] = {"default": bench.peak(default)}
-    result["lines"] = []
-    for name, job in jobs.items():
-        what, beside = f"forward + backward, float32, freed memory {name}", "glibc's default"
-        time = rounds.line(f"{what}: time", name, "default", beside=beside)
-        time.note = f"{_thresholds(job.malloc_threshold)}; no memory is given back between the steps"
-        peak = result["peaks"][name] = bench.peak(job)
-        memory = _memory_line(f"{what}: peak memory", peak, result["peaks"]["default"], beside)
-        result["lines"] += [time, memory]
+    thresholds = {"freed memory kept": KEPT, "freed memory given back": GIVEN_BACK}
+    changes = {name: {"malloc_threshold": threshold} for name, threshold in thresholds.items()}
+    _beside_default(bench, result, changes, beside="glibc's default")
 
 
 def allocators(bench: Bench, result: dict[str, Any]) -> None:
     """The same step with another allocator in glibc's place, and its memory with gradient checkpointing."""
+    libraries = {name: find_library(name) for name in ALLOCATORS}
+    changes = {name: {"allocator": library} for name, library in libraries.items() if library}
+    beside = "glibc's allocator"
+    _beside_default(bench, result, changes, beside=beside, checkpointing=(False, True))
+    for name, library in libraries.items():
+        if not library:
+            what = f"forward + backward, float32, {name}: time"
+            result["lines"].append(Line(what, beside=beside, skipped=f"lib{name} is not installed"))
+
+
+def _beside_default(
+    bench: Bench,
+    result: dict[str, Any],
+    changes: dict[str, dict[str, Any]],
+    *,
+    beside: str,
+    checkpointing: tuple[bool, ...] = (False,),
+) -> None:
+    """Time and memory of a training step that gets its memory in another way, beside the same step by default."""
     default = bench.job(training="full", gives_back=False)
-    installed = {name: replace(default, allocator=name) for name in ALLOCATORS if find_library(name)}
-    rounds = bench.in_turn({"glibc": default} | installed)
+    jobs = {name: replace(default, **change) for name, change in changes.items()}
+    rounds = bench.in_turn({"default": default} | jobs)
     result["rounds"] = rounds.seconds
     result["peaks"], result["lines"] = {}, []
-    for name in ALLOCATORS:
-        what, beside = f"forward + backward, float32, {name}", "glibc's allocator"
-        if name not in installed:
-            result["lines"].append(Line(f"{what}: time", beside=beside, skipped=f"lib{name} is not installed"))
-            continue
-        time = rounds.line(f"{what}: time", name, "glibc", beside=beside)
-        time.note = f"LD_PRELOAD={find_library(name)}; no memory is given back between the steps"
+    for name, job in jobs.items():
+        what = f"forward + backward, float32, {name}"
+        time = rounds.line(f"{what}: time", name, "default", beside=beside)
+        time.note = f"{_variables(job)}; no memory is given back between the steps"
         result["lines"].append(time)
-        for checkpointing, suffix in ((False, ""), (True, ", checkpointing")):
-            jobs = {"glibc": default, name: installed[name]}
-            peaks = {who: bench.peak(replace(job, checkpointing=checkpointing)) for who, job in jobs.items()}
-            result["peaks"] |= {f"{who}{suffix}": peak for who, peak in peaks.items()}
-            line = _memory_line(f"{what}{suffix}: peak memory", peaks[name], peaks["glibc"], beside)
-            result["lines"].append(line)
+        for flag in checkpointing:
+            suffix = ", checkpointing" if flag else ""
+            theirs, ours = (bench.peak(replace(one, checkpointing=flag)) for one in (default, job))
+            result["peaks"] |= {f"default{suffix}": theirs, f"{name}{suffix}": ours}
+            result["lines"].append(_memory_line(f"{what}{suffix}: peak memory", ours, theirs, beside))
 
 
-def _thresholds(threshold: int) -> str:
-    return " ".join(f"{name}={threshold}" for name in MALLOC_THRESHOLDS)
+def _variables(job: Job) -> str:
+    return " ".join(f"{name}={value}" for name, value in job.allocation.items())
 
 
 def _memory_line(what: str, ours: dict, theirs: dict, beside: str, **marks: float) -> Line:

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from ctypes.util import find_library
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +39,7 @@ class Job:
         compiled: Whether the encoder goes through `torch.compile`.
         malloc_threshold: From how many bytes on glibc gives freed memory back to the system at once; by default it
             begins small and learns, up to 32 MiB.
-        allocator: The library that takes glibc's place as allocator, as `ctypes.util.find_library` names it.
+        allocator: The library that takes glibc's place as allocator, as the loader finds it.
         gives_back: Whether a step ends with freed memory given back all the same, for the process that is next.
         device: `"cpu"` or `"cuda"`.
         threads: PyTorch's threads; by default as many as it takes.
@@ -63,6 +62,13 @@ class Job:
     seed: int = 0
     tiny: bool = False
 
+    @property
+    def allocation(self) -> dict[str, str]:
+        """The variables that decide in its process where memory comes from."""
+        thresholds = MALLOC_THRESHOLDS if self.malloc_threshold is not None else ()
+        variables = dict.fromkeys(thresholds, str(self.malloc_threshold))
+        return variables | ({"LD_PRELOAD": self.allocator} if self.allocator is not None else {})
+
 
 class JobError(Exception):
     """A process could not do what it was asked; the message says why."""
@@ -74,15 +80,11 @@ class Worker:
     def __init__(self, job: Job):
         self.job = job
         environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        if job.malloc_threshold is not None:
-            environment |= dict.fromkeys(MALLOC_THRESHOLDS, str(job.malloc_threshold))
-        if job.allocator is not None:
-            environment["LD_PRELOAD"] = find_library(job.allocator) or job.allocator
         self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.workloads", json.dumps(asdict(job))],
             cwd=ROOT,
-            env=os.environ | environment,
+            env=os.environ | environment | job.allocation,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -2,7 +2,6 @@
 tables, and the MLP of a layer.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
@@ -20,7 +19,8 @@ from .attention_deepseek_ocr_vision import at_least_float32
 
 PIECE_TOKENS = 2048
 """Tokens whose hidden layer an MLP computes at once where nothing is kept for backward. On two cores, four pages of
-1024 take 0.51 s a block of SAM in float32 and 0.09 s in bfloat16 so, and all at once 0.58 s and 0.16 s."""
+1024 take 0.51 s a block of SAM in float32 and 0.09 s in bfloat16 so, and all at once 0.58 s and 0.16 s. On a GPU, from
+how many tokens on an activation is computed again; that has not been measured."""
 
 
 class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
@@ -82,7 +82,7 @@ def resize_positions(
 def feed_forward(
     hidden_states: torch.Tensor,  # [..., C]
     expand: nn.Module,  # C to several times as many channels
-    activation: Callable[[torch.Tensor], torch.Tensor],
+    activation: nn.Module,
     contract: nn.Module,  # and back to C
 ) -> torch.Tensor:  # [..., C]
     """The MLP of a layer, without more of its wide hidden layer in memory than need be.
@@ -98,7 +98,7 @@ def feed_forward(
     # A compiler decides for itself what to keep and how much to compute at a time.
     if not torch.compiler.is_compiling():
         on_cpu = hidden_states.device.type == "cpu"
-        if needs_gradient(hidden_states, expand, contract):
+        if needs_gradient(hidden_states, expand, activation, contract):
             # To compute again takes 0.4 ms of Python, for which a GPU that has little to do would wait.
             pays = on_cpu or hidden_states.shape[:-1].numel() >= PIECE_TOKENS
             if pays and _can_compute_again(hidden_states.device):

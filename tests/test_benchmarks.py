@@ -260,7 +260,6 @@ def test_an_allocator_that_is_not_installed_is_left_out_with_the_reason(monkeypa
 def test_a_job_names_the_allocator_of_its_process(monkeypatch):
     """Pins the variable that the loader reads."""
     started = {}
-    monkeypatch.setattr(workers, "find_library", lambda name: f"lib{name}.so.4")
     monkeypatch.setattr(workers.subprocess, "Popen", lambda *args, **options: started.update(options))
-    workers.Worker(Job(tiny=True, allocator="tcmalloc_minimal"))
+    workers.Worker(Job(tiny=True, allocator="libtcmalloc_minimal.so.4"))
     assert started["env"]["LD_PRELOAD"] == "libtcmalloc_minimal.so.4"

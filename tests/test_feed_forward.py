@@ -58,17 +58,16 @@ def test_the_hidden_layer_is_kept_once(frozen):
     contract.requires_grad_(frozen == "nothing")
     expand.requires_grad_(frozen != "both")
     tokens = make_tokens().requires_grad_()
-    alive = set()
+    kept = set()
 
-    class Kept:
-        def __init__(self, tensor: torch.Tensor):
-            self.tensor = tensor
-            if tensor.numel() == NUM_TOKENS * HIDDEN_WIDTH:
-                alive.add(tensor.untyped_storage().data_ptr())
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == NUM_TOKENS * HIDDEN_WIDTH:
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = base.feed_forward(tokens, expand, activation, contract)
-    assert len(alive) == 1
+    assert len(kept) == 1
     output.sum().backward()
     assert tokens.grad is not None
 
