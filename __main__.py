@@ -244,8 +244,8 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
         help="turn pages into a dataset of tokens",
         description="Encode pictures, PDFs and datasets into a folder for datasets.load_from_disk. Started again, it "
         "goes on where it was; under `accelerate launch` the processes share the pages. Exit code 0 if every page is "
-        "there, 3 if some could not be read (see errors.jsonl), 1 if none could or it failed. Needs datasets (extra "
-        "`train`) and, for PDFs, pypdfium2 (extra `pdf`).",
+        "there, 3 if some could not be read (see errors.jsonl), 1 if none could or it failed. Needs datasets and, for "
+        "PDFs, pypdfium2 (extra `encode`).",
         epilog="deepseek-ocr-vision encode scans report.pdf --model encoder --out tokens --batch-size 8 --workers 8",
     )
     parser.add_argument(

@@ -195,4 +195,4 @@ def require_datasets() -> None:
     try:
         import datasets  # noqa: F401
     except ImportError as error:
-        raise ImportError("Encoded pages need datasets: pip install 'deepseek-ocr-vision[train]'") from error
+        raise ImportError("Encoded pages need datasets: pip install 'deepseek-ocr-vision[encode]'") from error

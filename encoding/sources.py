@@ -206,7 +206,7 @@ def _count_pages(path: Path) -> int:
     try:
         import pypdfium2
     except ImportError as error:
-        raise ImportError("Reading PDFs needs pypdfium2: pip install 'deepseek-ocr-vision[pdf]'") from error
+        raise ImportError("Reading PDFs needs pypdfium2: pip install 'deepseek-ocr-vision[encode]'") from error
     try:
         with pypdfium2.PdfDocument(path) as document:
             num_pages = len(document)
