@@ -4,6 +4,7 @@ Importing the package registers its classes with transformers' `AutoConfig`, `Au
 `AutoProcessor`. Pictures of what an encoder sees are in `deepseek_ocr_vision.visualize`.
 """
 
+from deepseek_ocr_vision.composites import build_llava
 from deepseek_ocr_vision.configuration import (
     MODES,
     PRESETS,
@@ -53,6 +54,7 @@ __all__ = [
     "Mode",
     "Preset",
     "TextRenderer",
+    "build_llava",
     "gradient_report",
     "last_complete_checkpoint",
     "layer_decay_groups",

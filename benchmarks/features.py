@@ -26,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.workers import ROOT
 from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
+from deepseek_ocr_vision.composites import IMAGE_TOKEN, build_model, build_processor
 from deepseek_ocr_vision.training.collator import ImageTextCollator
 from deepseek_ocr_vision.training.feature_store import FeatureStore, ReadFeatures, encoder_fingerprint
 from deepseek_ocr_vision.training.features import precompute_features
@@ -34,7 +35,6 @@ from deepseek_ocr_vision.training.precomputed import FeatureCollator, precompute
 
 sys.path.insert(0, str(ROOT / "examples"))
 
-from composite import IMAGE_TOKEN, build_model, build_processor
 from pages import load_handwritten_pages
 
 

@@ -4,10 +4,7 @@
     python examples/build_llava.py --encoder outputs/finetune/encoder --language_model my_llama/ \\
         --out outputs/llava --dtype bfloat16
 
-What a composite needs of the encoder is set here: its last hidden state, without a class token to drop
-(`vision_feature_layer=-1`, `vision_feature_select_strategy="full"`), and 64 pixels a token (`patch_size=64`). The
-projector is drawn anew. The language model keeps its chat template, made to hold pictures if it could not; where there
-is none, a turn is a line, `user: ...` or `assistant: ...`, and the end-of-sequence token ends what the assistant says.
+`deepseek_ocr_vision.build_llava` does it in Python, and its documentation says what is set and why.
 """
 
 import argparse
@@ -17,9 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
-from composite import build_model, build_processor
-from report import replacing
+from files import replacing
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, set_seed
+
+from deepseek_ocr_vision import build_llava
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,7 +57,7 @@ def require_free(out: Path) -> None:
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
-    """Save both into one folder, in one step."""
+    """Save both into one folder, atomically."""
     with replacing(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -95,9 +93,12 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     arguments = parse_arguments(argv)
     set_seed(arguments.seed)
-    parts = {"encoder": arguments.encoder, "language_model": arguments.language_model}
-    processor = build_processor(**parts, page_size=arguments.page_size)
-    model = build_model(processor, **parts, dtype=DTYPES[arguments.dtype])
+    model, processor = build_llava(
+        arguments.encoder,
+        language_model=arguments.language_model,
+        page_size=arguments.page_size,
+        dtype=DTYPES[arguments.dtype],
+    )
     save(model, processor, arguments.out)
     sys.stdout.write(summary(model, processor, arguments.out))
 

@@ -32,9 +32,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from composite import IMAGE_TOKEN, SmallModelArguments, build_model, build_processor
+from arguments import SmallModelArguments
+from files import replacing, write_text
 from pages import CREDIT, load_handwritten_pages, load_own_pages
-from report import Result, draw_losses, draw_predictions, format_report, format_scores, replacing, write_text
+from report import Result, draw_losses, draw_predictions, format_report, format_scores
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -47,6 +48,7 @@ from transformers import (
 )
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel, ImageTextCollator, resume
+from deepseek_ocr_vision.composites import IMAGE_TOKEN, build_model, build_processor
 
 
 logger = logging.getLogger("finetune")

@@ -35,7 +35,8 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 import torch
-from composite import SmallModelArguments, build_model, build_processor
+from arguments import SmallModelArguments
+from files import replacing, write_text
 from matplotlib.figure import Figure
 from passages import SPLITS, Passages, read_texts, split_texts, with_pages_of_another, without_pages
 from PIL import Image
@@ -49,9 +50,7 @@ from report import (
     duration,
     markdown_table,
     page_accuracy,
-    replacing,
     save_figure,
-    write_text,
 )
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
@@ -63,6 +62,7 @@ from transformers import (
     set_seed,
 )
 
+from deepseek_ocr_vision.composites import build_model, build_processor
 from deepseek_ocr_vision.processing.text_pages import TextRenderer
 from deepseek_ocr_vision.training.checkpoints import resume
 from deepseek_ocr_vision.training.collator import NOT_TRAINED_ON, ImageTextCollator

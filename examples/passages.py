@@ -10,9 +10,9 @@ from pydoc_data.topics import topics
 from typing import Literal
 
 import numpy as np
-from composite import IMAGE_TOKEN
 from torch.utils.data import Dataset
 
+from deepseek_ocr_vision.composites import IMAGE_TOKEN
 from deepseek_ocr_vision.processing.text_pages import TextRenderer
 
 

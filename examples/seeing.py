@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from composite import build_image_processor, encoder_config
 from pages import SPLITS, HandwrittenPages, split_scans
 from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
+from deepseek_ocr_vision.composites.small import small_encoder_config
 from deepseek_ocr_vision.visualize import PageView, draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import save_picture
 
@@ -90,7 +90,7 @@ class Collator:
 
 def build_reader(page_size: int) -> TokenReader:
     """A new reader, whose encoder has some 1 M parameters."""
-    config = encoder_config(None, page_size=page_size)
+    config = small_encoder_config(page_size)
     config.sam_config.global_attn_indexes = []
     return TokenReader(DeepSeekOCRVisionModel(config))
 
@@ -148,7 +148,7 @@ def train(output_dir: Path, *, max_steps: int, page_size: int, seed: int) -> Non
         for split, number in numbers
     )
     reader = build_reader(page_size)
-    image_processor = build_image_processor(None, reader.encoder.config, size=page_size)
+    image_processor = DeepSeekOCRVisionImageProcessor(size=page_size)
     trainer = Trainer(
         reader,
         training_arguments(output_dir, max_steps=max_steps, seed=seed),

@@ -13,16 +13,17 @@ from transformers import (
     LlamaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
+from deepseek_ocr_vision.composites import build_processor
+from deepseek_ocr_vision.composites.small import byte_tokenizer
 
 
-pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import build_llava
-import composite
 
 
 TEXT_TEMPLATE = (
@@ -45,9 +46,7 @@ def save_encoder(folder: Path, feature_mode: str = "residual") -> str:
 
 def save_language_model(folder: Path, *, template: str | None = None, tied: bool = False, config=None) -> str:
     """A language model whose tokenizer knows no pictures yet, and that ends at another token than its config says."""
-    tokenizer = composite.PreTrainedTokenizerFast(
-        tokenizer_object=composite.byte_tokenizer().backend_tokenizer, eos_token="<eos>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer, eos_token="<eos>")
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -132,7 +131,7 @@ def test_weights_are_stored_as_asked(tmp_path, dtype, expected):
 def test_the_language_models_chat_template_is_kept_and_made_to_hold_pictures(tmp_path, template, expected):
     """Pins a language model that is asked in another form than it was trained in, or sees a Python list."""
     language_model = save_language_model(tmp_path / "language_model", template=template)
-    composite.build_processor(language_model=language_model).save_pretrained(tmp_path / "processor")
+    build_processor(language_model=language_model).save_pretrained(tmp_path / "processor")
     processor = LlavaProcessor.from_pretrained(tmp_path / "processor")
     assert processor.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False) == expected
     assert (processor.chat_template == template) == (template == PICTURE_TEMPLATE)
@@ -141,7 +140,7 @@ def test_the_language_models_chat_template_is_kept_and_made_to_hold_pictures(tmp
 def test_a_text_template_still_sees_every_turn_and_may_change_the_messages(tmp_path):
     """Pins templates that take the system's turn off the messages, as Llama's do."""
     language_model = save_language_model(tmp_path / "language_model", template=TEXT_TEMPLATE)
-    processor = composite.build_processor(language_model=language_model)
+    processor = build_processor(language_model=language_model)
     messages = [{"role": "system", "content": "be brief"}, *QUESTION, {"role": "assistant", "content": " 12 "}]
     written = processor.apply_chat_template(messages, tokenize=False)
     assert written == "[be brief]<user><image>What is this?<eos><assistant>12<eos>"

@@ -1,8 +1,5 @@
 """`ImageTextCollator`: what is trained on, which pictures belong where, and batches without any."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import tiny_config
@@ -21,12 +18,9 @@ from transformers import (
 )
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionProcessor
+from deepseek_ocr_vision.composites import build_processor
+from deepseek_ocr_vision.composites.small import byte_tokenizer
 from deepseek_ocr_vision.training.collator import NOT_TRAINED_ON, ImageTextCollator
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-import composite
 
 
 SIDES = ("right", "left")
@@ -41,7 +35,7 @@ CHAT = [
 @pytest.fixture
 def processor() -> LlavaProcessor:
     """Bytes as tokens, pages of 128 x 128 pixels, so of four tokens."""
-    return composite.build_processor(page_size=128)
+    return build_processor(page_size=128)
 
 
 def page(shade: int = 200) -> Image.Image:
@@ -276,7 +270,7 @@ def test_what_the_collator_cannot_work_with_is_refused_when_it_is_built(processo
     with pytest.raises(TypeError, match="DeepSeekOCRVisionProcessor, which has no tokenizer and no image_token"):
         ImageTextCollator(DeepSeekOCRVisionProcessor())
     for name in ("pad_token", "eos_token"):
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=composite.byte_tokenizer().backend_tokenizer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer)
         setattr(tokenizer, {"pad_token": "eos_token", "eos_token": "pad_token"}[name], "<pad>")
         processor.tokenizer = tokenizer
         with pytest.raises(ValueError, match=f"no `{name}`"):

@@ -1,8 +1,5 @@
 """The encoder inside transformers' composites: LLaVA above all, and what else takes it as its vision tower."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
@@ -31,12 +28,9 @@ from transformers import (
 )
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.composites import build_processor
+from deepseek_ocr_vision.composites.small import byte_tokenizer
 from deepseek_ocr_vision.training.collator import ImageTextCollator
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-import composite
 
 
 IMAGE_TOKEN = 31
@@ -179,7 +173,7 @@ SAMPLES = [
 
 @pytest.fixture
 def processor() -> LlavaProcessor:
-    return composite.build_processor(page_size=128)
+    return build_processor(page_size=128)
 
 
 def samples() -> list[dict]:
@@ -248,7 +242,7 @@ def test_composites_that_cut_a_page_into_tiles_take_the_tower(kind, feature_mode
     tiling = LlavaNextImageProcessor(
         size={"shortest_edge": 128}, crop_size={"height": 128, "width": 128}, image_grid_pinpoints=pinpoints
     )
-    tokenizer = composite.byte_tokenizer()
+    tokenizer = byte_tokenizer()
     processor = LlavaNextProcessor(tiling, tokenizer, patch_size=64, vision_feature_select_strategy="full")
     wide = Image.new("RGB", (300, 120), (9, 99, 200))
     collator = ImageTextCollator(processor)

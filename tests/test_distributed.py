@@ -11,12 +11,12 @@ import training_job
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from composite import build_model, build_processor
 from helpers import FEATURE_MODES, TOLERANCE, pixels, relative_error, tiny_config
 from training_job import Job, needs_fsdp_on_cpu, result_of, tensors_of
 from transformers import LlavaForConditionalGeneration
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.composites import build_model, build_processor
 from deepseek_ocr_vision.training.checkpoints import load_weights
 
 

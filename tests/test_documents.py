@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.__main__ import main
+from deepseek_ocr_vision.composites.small import byte_tokenizer
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,7 +91,7 @@ def readers_folder(tmp_path_factory) -> Path:
 
 
 def _write_language_model(folder: Path) -> None:
-    tokenizer = runpy.run_path(str(ROOT / "examples" / "composite.py"))["byte_tokenizer"]()
+    tokenizer = byte_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

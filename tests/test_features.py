@@ -3,7 +3,6 @@
 import copy
 import io
 import resource
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +16,13 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import TrainingArguments as Arguments
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor
+from deepseek_ocr_vision.composites.small import byte_tokenizer
 from deepseek_ocr_vision.training.collator import ImageTextCollator
 from deepseek_ocr_vision.training.features import precompute_features
 from deepseek_ocr_vision.training.precomputed import FeatureCollator, precomputed_features
 
 
 datasets = pytest.importorskip("datasets")
-sys.path.insert(0, str(ROOT / "examples"))
-
-from composite import byte_tokenizer  # noqa: E402
 
 
 IMAGE_PROCESSOR = DeepSeekOCRVisionImageProcessor(size=128)

@@ -14,8 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, LlamaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
+from deepseek_ocr_vision.composites import build_model, build_processor
+from deepseek_ocr_vision.composites.small import byte_tokenizer
 from deepseek_ocr_vision.training.collator import NOT_TRAINED_ON
 
 
@@ -26,10 +35,10 @@ pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import composite  # noqa: E402
 import finetune  # noqa: E402
 import pages  # noqa: E402
 import report  # noqa: E402
+from files import replacing, write_text  # noqa: E402
 
 
 STEPS = 6
@@ -161,7 +170,7 @@ def test_digits_lie_in_their_cells_without_overlap():
 
 def test_labels_are_the_text_and_its_end_alone():
     """Labels on picture tokens or padding would train the model to write those."""
-    processor = composite.build_processor(page_size=128)
+    processor = build_processor(page_size=128)
     batch = finetune.Collator(processor)(
         [{"image": Image.new("RGB", (128, 128)), "text": text} for text in ("7", "12\n3")]
     )
@@ -174,7 +183,7 @@ def test_labels_are_the_text_and_its_end_alone():
 
 def test_a_page_whose_text_names_the_image_token_is_refused():
     """Such a text would be taken for a second picture, with an error far away."""
-    processor = composite.build_processor(page_size=128)
+    processor = build_processor(page_size=128)
     with pytest.raises(ValueError, match="<image>"):
         finetune.Collator(processor)([{"image": Image.new("RGB", (128, 128)), "text": "see <image>"}])
 
@@ -182,7 +191,7 @@ def test_a_page_whose_text_names_the_image_token_is_refused():
 @pytest.mark.parametrize("text", ["0123456789\n42", "naïve café, 漢字 \t🙂"])
 def test_the_byte_tokenizer_gives_any_text_back(text):
     """A vocabulary of digits, or a decoder that tidies spaces, would silently change the user's text."""
-    tokenizer = composite.byte_tokenizer()
+    tokenizer = byte_tokenizer()
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode())
     assert tokenizer.decode(ids) == text
@@ -239,7 +248,7 @@ def test_training_changes_every_weight_of_the_encoder_and_freezing_none(finished
 
 def initial_encoder() -> dict[str, torch.Tensor]:
     finetune.set_seed(0)
-    model = composite.build_model(composite.build_processor())
+    model = build_model(build_processor())
     return model.model.vision_tower.state_dict()
 
 
@@ -305,9 +314,9 @@ def test_killed_at_the_end_gives_the_log_of_a_run_that_was_not(resumable, lost):
     for name in lost:
         (run / name).unlink()
     _, _, arguments = parse(resumable, "--resume_from_checkpoint", "true")
-    processor = composite.build_processor(page_size=128)
+    processor = build_processor(page_size=128)
     finetune.set_seed(0)
-    model = composite.build_model(processor)
+    model = build_model(processor)
     finetune.freeze(model.model.vision_tower, "frozen", [])
     splits = {"train": handwritten(), "held_out": handwritten(split="held_out")}
     history = finetune.train(model, splits, processor=processor, arguments=arguments, run_folder=run)
@@ -461,8 +470,8 @@ def test_a_page_without_text_is_refused_with_its_number(folder, text):
 def test_own_pages_encoder_and_language_model_train_and_frozen_groups_stay(finished, folder, tmp_path):
     """Starting from new weights instead of the checkpoints, or training what was to be frozen, goes unnoticed."""
     language_model = tmp_path / "language_model"
-    tokenizer = composite.byte_tokenizer()
-    composite.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>").save_pretrained(
+    tokenizer = byte_tokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>").save_pretrained(
         language_model
     )
     config = LlamaConfig(
@@ -497,10 +506,10 @@ def test_scores_count_what_they_say():
 def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path):
     """A report cut off by a full disk must not take the place of a whole one."""
     path = tmp_path / "report.md"
-    report.write_text(path, "old")
+    write_text(path, "old")
 
     def fail_halfway() -> None:
-        with report.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text("half")
             raise OSError("disk full")
 

@@ -12,12 +12,13 @@ import pytest
 from helpers import ROOT, run_python
 
 
-FOLDERS = ("configuration", "encoding", "modeling", "processing", "training", "visualize")
+FOLDERS = ("composites", "configuration", "encoding", "modeling", "processing", "training", "visualize")
 MAY_IMPORT = {
     "configuration": set(),
     "modeling": {"configuration"},
     "processing": {"configuration"},
     "encoding": {"configuration", "modeling", "processing"},
+    "composites": {"configuration", "modeling", "processing", "encoding"},
     "training": {"configuration", "encoding", "processing"},
     "visualize": {"configuration", "modeling", "processing"},
 }

@@ -20,10 +20,11 @@ if not features.check("freetype2"):
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import composite  # noqa: E402
 import optical_memory  # noqa: E402
 import passages  # noqa: E402
 
+from deepseek_ocr_vision.composites import build_model, build_processor  # noqa: E402
+from deepseek_ocr_vision.composites.small import byte_tokenizer  # noqa: E402
 from deepseek_ocr_vision.processing.text_pages import TextRenderer  # noqa: E402
 from deepseek_ocr_vision.training.collator import ImageTextCollator  # noqa: E402
 
@@ -126,8 +127,8 @@ def test_some_passages_to_train_on_come_without_pages():
 
 def test_bits_per_byte_are_those_of_the_probabilities():
     """Pins nats for bits, a mean over batches of different lengths, and counting the prompt or the end."""
-    processor = composite.build_processor(page_size=64)
-    model = composite.build_model(processor).eval()
+    processor = build_processor(page_size=64)
+    model = build_model(processor).eval()
     samples = [passages.as_sample([Image.new("L", (64, 64), 99)], text) for text in ("ab", "cdefg\u00e9", "h")]
     measured = [
         optical_memory.bits_per_byte(model, samples, collator=ImageTextCollator(processor), batch_size=size)
@@ -154,8 +155,8 @@ def test_each_passage_gets_the_pages_of_another_one():
 def test_reading_a_batch_gives_what_reading_one_by_one_does():
     """Pins padding on the wrong side, after which `generate` goes on from the padding."""
     torch.manual_seed(1)
-    processor = composite.build_processor(page_size=64)
-    model = composite.build_model(processor).eval()
+    processor = build_processor(page_size=64)
+    model = build_model(processor).eval()
     pages = [Image.new("L", (64, 64), level) for level in (0, 128, 255)]
     samples = [passages.as_sample(pages[:number], "text") for number in (1, 2, 3)]
     read = [optical_memory.read_passages(model, samples, processor=processor, batch_size=size) for size in (1, 3)]
@@ -230,7 +231,7 @@ def test_with_a_pretrained_language_model_only_the_projector_is_trained(finished
     encoder, language_model, output = tmp_path / "encoder", tmp_path / "language_model", tmp_path / "output"
     tower = LlavaForConditionalGeneration.from_pretrained(finished / "trained" / "composite").model.vision_tower
     tower.save_pretrained(encoder)
-    tokenizer = composite.byte_tokenizer()
+    tokenizer = byte_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     causal = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     causal.save_pretrained(language_model)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import training_job
-from composite import build_model, build_processor
 from helpers import assert_same_weights, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,6 +15,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.trainer_utils import get_last_checkpoint, load_sharded_checkpoint
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.composites import build_model, build_processor
 from deepseek_ocr_vision.training.checkpoints import (
     last_complete_checkpoint,
     load_weights,

@@ -24,12 +24,12 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
+sys.path[:0] = [str(Path(__file__).parent)]
 
-from composite import IMAGE_TOKEN, build_model, build_processor  # noqa: E402
 from helpers import pixels, tiny_config  # noqa: E402
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel  # noqa: E402
+from deepseek_ocr_vision.composites import IMAGE_TOKEN, build_model, build_processor  # noqa: E402
 from deepseek_ocr_vision.training.checkpoints import resume  # noqa: E402
 from deepseek_ocr_vision.training.collator import ImageTextCollator  # noqa: E402
 
@@ -59,7 +59,7 @@ class Job:
 
     Attributes:
         output_dir: Where checkpoints go, and `result.json` and `tensors.pt` at the end.
-        model: `"classifier"`, the tiny encoder with a linear head, or `"llava"`, the examples' composite.
+        model: `"classifier"`, the tiny encoder with a linear head, or `"llava"`, a small composite.
         arguments: Further fields of `TrainingArguments`.
         dropout: Of the language model's attention, so that losses depend on the random numbers.
         pictures: Whether all samples have one; of the odd samples otherwise none has.
