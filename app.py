@@ -19,7 +19,13 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import PreTrainedConfig
 
-from deepseek_ocr_vision import MODES, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, text_to_pages
+from deepseek_ocr_vision import (
+    MODES,
+    DeepSeekOCRVisionConfig,
+    DeepSeekOCRVisionImageProcessor,
+    DeepSeekOCRVisionModel,
+    text_to_pages,
+)
 from deepseek_ocr_vision.visualize import PageView, draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import draw_frame
 
@@ -85,7 +91,7 @@ class Encoder:
     @cached_property
     def _is_released(self) -> bool:
         fields, _ = PreTrainedConfig.get_config_dict(self.source)
-        return fields.get("model_type") != "deepseek_ocr_vision"
+        return fields.get("model_type") != DeepSeekOCRVisionConfig.model_type
 
     def processor_in(self, mode: str) -> DeepSeekOCRVisionImageProcessor:
         """The image processor at the resolution of a mode, with the preset's means, or as it was saved.

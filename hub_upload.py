@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from deepseek_ocr_vision.configuration import PRESETS, preset_of
+from deepseek_ocr_vision.configuration import PRESETS, DeepSeekOCRVisionConfig, preset_of
 from deepseek_ocr_vision.configuration.checkpoint_code_deepseek_ocr_vision import CHECKSUMS, FLAT_CODE, PACKAGE
 from deepseek_ocr_vision.configuration.checksums_deepseek_ocr_vision import (
     read_checksums,
@@ -536,7 +536,7 @@ def _check_remote(api: HfApi, remote: ModelInfo, repo_id: str, *, private: bool,
         kind = _model_type(api, repo_id, remote.sha)
     elif weights:
         kind = f"no config.json, but {', '.join(weights[:3])}"
-    if kind not in (None, PACKAGE) and not force:
+    if kind not in (None, DeepSeekOCRVisionConfig.model_type) and not force:
         raise ValueError(f"{repo_id} holds another model ({kind}); `force` (--force) overwrites it.")
 
 
@@ -547,7 +547,7 @@ def _model_type(api: HfApi, repo_id: str, revision: str) -> str:
             model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
         except (ValueError, AttributeError):
             return "a config.json that is none"
-    return model_type if model_type == PACKAGE else f"model_type {model_type!r}"
+    return model_type if model_type == DeepSeekOCRVisionConfig.model_type else f"model_type {model_type!r}"
 
 
 def _differing(api: HfApi, repo_id: str, paths: list[Path], *, revision: str) -> list[Path]:

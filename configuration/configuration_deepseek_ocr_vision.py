@@ -251,7 +251,7 @@ class DeepSeekOCRVisionConfig(_ValidatedConfig):
         ValueError: A field has a value that is not allowed, or two do not fit; the message names the field.
     """
 
-    model_type = "deepseek_ocr_vision"
+    model_type = "deepseek_ocr_vision_encoder"
     base_config_key = "vision_config"
     sub_configs: ClassVar = {"sam_config": DeepSeekOCRVisionSamConfig, "clip_config": DeepSeekOCRVisionClipConfig}
     code_entries: ClassVar = ("AutoConfig", "AutoModel")

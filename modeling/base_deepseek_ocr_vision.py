@@ -28,6 +28,8 @@ class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    # `forward` takes any keyword, which `Trainer` would take for a loss of the model's own.
+    accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["SamBlock", "ClipLayer"]
     _supports_sdpa = True

@@ -128,7 +128,11 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
         self.embeddings = value
 
     def forward(
-        self, feature_map: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
+        self,
+        feature_map: torch.Tensor,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        **kwargs,
     ) -> BaseModelOutput:
         hidden_states = self.pre_layrnorm(self.embeddings(feature_map))
         return self.transformer(hidden_states, output_hidden_states, output_attentions)

@@ -302,7 +302,7 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
         output_hidden_states: bool | int | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        use_cache: bool | None = None,
+        **kwargs,
     ) -> DeepSeekOCRVisionOutput | tuple:
         """Encode a batch of pages, with their tiles where there are some: one pass for all pages, one for all tiles.
 
@@ -322,8 +322,8 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
             output_attentions: Whether to return the CLIP stage's attention weights. That stage attends the `"eager"`
                 way then, whatever its `attn_implementation`.
             return_dict: Whether to return an output object or a tuple.
-            use_cache: Without effect, there is nothing to cache. `Trainer` sets it in a composite's config, and LLaVA
-                hands it on to its tower.
+            kwargs: Without effect. Composites hand all that they are called with on to their tower, such as
+                `num_items_in_batch` of `Trainer`, `use_cache`, or what a later transformers adds to these.
 
         Returns:
             `last_hidden_state` [B, N, config.hidden_size], row-major over the grid, or over the grid of the picture's

@@ -105,7 +105,7 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.patch_embed.proj = value
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         hidden_states = self.patch_embed(pixel_values)  # [B, H, W, C]
         _, height, width, _ = hidden_states.shape
         hidden_states = hidden_states + resize_positions(self.pos_embed[0], (height, width), antialias=True)

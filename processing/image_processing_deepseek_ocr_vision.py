@@ -66,6 +66,8 @@ _VOIDED_BY = {
 }
 # What a JSON file says about the class.
 FILE_FIELDS = ("image_processor_type", "processor_class", "auto_map")
+# What transformers may hand to any image processor, in whatever version is installed: never an error.
+WITHOUT_EFFECT = frozenset(ImagesKwargs.__annotations__) - set(FIELDS)
 TENSOR_TYPES = ("pt", "np")
 CHANNEL_ORDERS = ("channels_first", "channels_last")
 
@@ -167,9 +169,10 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
             width). `"auto"`: torchvision for torch tensors if it is installed, Pillow for all else.
 
     All of these but `preset` can also be given for one call, a mode or sizes in place of the others, as can
-    `return_tensors` (`"pt"`, `"np"`, or `None` for a
-    list of tensors), `data_format` and `input_data_format` (`"channels_first"`, `"channels_last"`), `device` and
-    `disable_grouping` (tensors of one shape are resized together unless it is true).
+    `return_tensors` (`"pt"`, `"np"`, or `None` for a list of tensors), `data_format` and `input_data_format`
+    (`"channels_first"`, `"channels_last"`), `device` and `disable_grouping` (tensors of one shape are resized together
+    unless it is true). What else transformers declares for image processors in general, such as `do_center_crop`, has
+    no effect.
 
     Raises:
         TypeError: A name that is not known, or a value or a picture of a type that is not.
@@ -202,7 +205,7 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         resize_backend: Backend = "auto",
         **kwargs,
     ):
-        _refuse_unknown(kwargs.keys() - set(FILE_FIELDS), known=FIELDS)
+        _refuse_unknown(kwargs.keys() - set(FILE_FIELDS) - WITHOUT_EFFECT, known=FIELDS)
         super().__init__()
         defaults = require_preset(preset)
         self.preset = preset
@@ -389,7 +392,8 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
 
     def _with(self, overrides: dict[str, Any]) -> "DeepSeekOCRVisionImageProcessor":
         """This image processor with some fields replaced; all are validated again, as they may have been set since."""
-        _refuse_unknown(overrides, known=FIELDS[1:])
+        _refuse_unknown(overrides.keys() - WITHOUT_EFFECT, known=FIELDS[1:])
+        overrides = {name: value for name, value in overrides.items() if name in FIELDS}
         return type(self)(**_without_voided({name: getattr(self, name) for name in FIELDS}, overrides) | overrides)
 
     def _require_backend(self) -> None:

@@ -74,6 +74,8 @@ class DeepSeekOCRVisionProcessor(ProcessorMixin):
             )
         if images is None:
             raise ValueError("`images` is None; give a picture or a list of pictures.")
+        for group in ("videos_kwargs", "audio_kwargs"):
+            kwargs.pop(group, None)
         options = [kwargs.pop(group, None) or {} for group in ("common_kwargs", "images_kwargs")] + [kwargs]
         twice = sorted(name for name in options[1] if name in kwargs)
         if twice:

@@ -2,58 +2,36 @@
 
 import pytest
 import torch
-import transformers
 from helpers import FEATURE_MODES, pixels, run_python, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_composites import (
+    IMAGE_TOKEN,
+    LANGUAGE,
+    inputs,
+    tiling_processor,
+    tiny_dual_encoder,
+    tiny_encoder_decoder,
+    tiny_llava,
+    tiny_tiling_llava,
+)
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
-    BertConfig,
-    GPT2Config,
     LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaNextImageProcessor,
-    LlavaNextProcessor,
     LlavaProcessor,
     Trainer,
     TrainingArguments,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
-    VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
-    VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.composites import build_processor
-from deepseek_ocr_vision.composites.small import byte_tokenizer
 from deepseek_ocr_vision.training.collator import ImageTextCollator
-
-
-IMAGE_TOKEN = 31
-LANGUAGE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def tiny_llava(feature_mode: str = "residual", *, vocab_size: int = 32, **fields) -> LlavaForConditionalGeneration:
-    """A LLaVA with our tower; the layer and the strategy are what the tower needs."""
-    text_config = LlamaConfig(**LANGUAGE, vocab_size=vocab_size, pad_token_id=0, initializer_range=0.2)
-    defaults = {
-        "vision_config": tiny_config(feature_mode=feature_mode),
-        "text_config": text_config,
-        "image_token_index": IMAGE_TOKEN,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-    }
-    return LlavaForConditionalGeneration(LlavaConfig(**(defaults | fields)))
-
-
-def inputs(batch: int = 2) -> dict[str, torch.Tensor]:
-    """A picture of 2 x 2 tokens and two words, `batch` times."""
-    row = torch.tensor([1] + [IMAGE_TOKEN] * 4 + [5, 6])
-    return {"input_ids": row.repeat(batch, 1), "pixel_values": pixels(batch)}
 
 
 def without_gradient(module: torch.nn.Module) -> list[str]:
@@ -229,21 +207,7 @@ def test_llava_reads_from_several_layers_in_residual_mode_alone(feature_mode):
 @pytest.mark.parametrize("kind", ["LlavaNext", "LlavaOnevision"])
 def test_composites_that_cut_a_page_into_tiles_take_the_tower(kind, feature_mode, tmp_path):
     """Pins tiles of the tower's own page size, with a line's end after each row, and batches without pictures."""
-    pinpoints = [[128, 256], [256, 128], [256, 256]]
-    config = getattr(transformers, f"{kind}Config")(
-        vision_config=tiny_config(feature_mode=feature_mode),
-        text_config=LlamaConfig(**LANGUAGE, vocab_size=300),
-        image_token_index=2,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        image_grid_pinpoints=pinpoints,
-    )
-    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
-    tiling = LlavaNextImageProcessor(
-        size={"shortest_edge": 128}, crop_size={"height": 128, "width": 128}, image_grid_pinpoints=pinpoints
-    )
-    tokenizer = byte_tokenizer()
-    processor = LlavaNextProcessor(tiling, tokenizer, patch_size=64, vision_feature_select_strategy="full")
+    model, processor = tiny_tiling_llava(kind, feature_mode), tiling_processor()
     wide = Image.new("RGB", (300, 120), (9, 99, 200))
     collator = ImageTextCollator(processor)
     batch = collator([{"prompt": "<image>", "answer": "a", "image": wide}])
@@ -259,11 +223,7 @@ def test_composites_that_cut_a_page_into_tiles_take_the_tower(kind, feature_mode
 @pytest.mark.parametrize("feature_mode", FEATURE_MODES)
 def test_a_dual_encoder_takes_the_tower(feature_mode, tmp_path):
     """Pins `pooler_output`, which contrastive training reads."""
-    text_config = BertConfig(**LANGUAGE, vocab_size=300)
-    config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        tiny_config(feature_mode=feature_mode), text_config, projection_dim=8
-    )
-    model = VisionTextDualEncoderModel(config=config).eval()
+    model = tiny_dual_encoder(feature_mode).eval()
     batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "pixel_values": pixels(2)}
     model(**batch, return_loss=True).loss.backward()
     assert without_gradient(model.vision_model) == []
@@ -272,20 +232,10 @@ def test_a_dual_encoder_takes_the_tower(feature_mode, tmp_path):
     assert torch.equal(loaded(**batch).logits_per_image, model(**batch).logits_per_image)
 
 
-def encoder_decoder(feature_mode: str) -> VisionEncoderDecoderModel:
-    decoder = GPT2Config(
-        vocab_size=300, n_embd=16, n_layer=1, n_head=2, initializer_range=0.2, bos_token_id=1, eos_token_id=1
-    )
-    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        tiny_config(feature_mode=feature_mode), decoder, pad_token_id=0, decoder_start_token_id=1
-    )
-    return VisionEncoderDecoderModel(config=config)
-
-
 @pytest.mark.parametrize("feature_mode", FEATURE_MODES)
 def test_an_encoder_decoder_takes_the_tower(feature_mode, tmp_path):
     """Pins a decoder that attends to the tokens by cross-attention, as TrOCR's does."""
-    model = encoder_decoder(feature_mode).eval()
+    model = tiny_encoder_decoder(feature_mode).eval()
     batch = {"labels": torch.tensor([[1, 2, 3], [4, 5, 6]]), "pixel_values": pixels(2)}
     model(**batch).loss.backward()
     assert without_gradient(model.encoder) == []
@@ -296,10 +246,9 @@ def test_an_encoder_decoder_takes_the_tower(feature_mode, tmp_path):
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
-def test_trainer_trains_an_encoder_decoder_that_computes_its_own_mean(tmp_path):
-    """Pins the guide's advice: without it `Trainer` passes a number of labels on, and the encoder takes none."""
-    model = encoder_decoder("residual")
-    model.accepts_loss_kwargs = False
+def test_trainer_trains_an_encoder_decoder(tmp_path):
+    """Pins a composite that hands all it does not know to its encoder, such as the number of labels of a batch."""
+    model = tiny_encoder_decoder("residual")
     rows = [{"labels": torch.tensor([1, 2, 3]), "pixel_values": pixels(1)[0]}] * 4
     arguments = TrainingArguments(
         str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True

@@ -501,7 +501,7 @@ def test_an_unknown_preset_is_refused_with_the_list():
         DeepSeekOCRVisionImageProcessor("deepseek")
 
 
-@pytest.mark.parametrize("name", ["sise", "crop_size", "do_center_crop", "max_length", "preset"])
+@pytest.mark.parametrize("name", ["sise", "do_centre_crop", "max_length", "preset"])
 def test_an_unknown_argument_of_a_call_is_refused_by_its_name(name):
     """Swallowed, a misspelled `size` trains on pages of another size."""
     with pytest.raises(TypeError, match=f"has no {name}; it has do_resize, size"):

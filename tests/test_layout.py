@@ -50,11 +50,12 @@ def test_importing_the_package_registers_all_four_auto_classes():
     output = run_python("""
         import deepseek_ocr_vision as package
         from transformers import AutoConfig, AutoModel, LlavaConfig
-        config = AutoConfig.for_model("deepseek_ocr_vision")
+        config = AutoConfig.for_model("deepseek_ocr_vision_encoder")
         print(type(config) is package.DeepSeekOCRVisionConfig)
         from transformers import IMAGE_PROCESSOR_MAPPING, MODEL_MAPPING, PROCESSOR_MAPPING
         print(all(type(config) in mapping for mapping in (IMAGE_PROCESSOR_MAPPING, MODEL_MAPPING, PROCESSOR_MAPPING)))
-        print(type(LlavaConfig(vision_config={"model_type": "deepseek_ocr_vision"}).vision_config) is type(config))
+        llava = LlavaConfig(vision_config={"model_type": "deepseek_ocr_vision_encoder"})
+        print(type(llava.vision_config) is type(config))
         print(all(hasattr(package, name) for name in package.__all__))
     """)
     assert output.split() == ["True"] * 4

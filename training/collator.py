@@ -79,11 +79,12 @@ class ImageTextCollator:
         self.padding_side = padding_side
         self.touch_encoder = touch_encoder
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]], **kwargs) -> dict[str, torch.Tensor]:
         """Make a batch.
 
         Args:
             samples: The samples, at least one.
+            kwargs: Without effect, such as `return_tensors`, which transformers' own collators take.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, integers [B, L], and what the image processor gives, such as

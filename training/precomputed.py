@@ -171,11 +171,12 @@ class FeatureCollator(ImageTextCollator):
         self.processor = _FeatureProcessor(processor)
         self.features_column = features_column
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]], **kwargs) -> dict[str, torch.Tensor]:
         """Make a batch.
 
         Args:
             samples: Rows of a dataset that `precompute_features` returned, at least one.
+            kwargs: Without effect, as for `ImageTextCollator`.
 
         Returns:
             As `ImageTextCollator` does, with tokens for `pixel_values`.

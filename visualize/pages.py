@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.processing.pictures_deepseek_ocr_vision import read_picture
 from deepseek_ocr_vision.visualize.maps import (
     Target,
@@ -281,7 +282,7 @@ def view_page(model: Any, image: Any, *, image_processor: Any = None) -> PageVie
         ValueError: The picture cannot be read as it stands, or the tokens are not finite.
         OSError: A file that is missing, truncated or no picture.
     """
-    if getattr(getattr(model, "config", None), "model_type", None) != "deepseek_ocr_vision":
+    if getattr(getattr(model, "config", None), "model_type", None) != DeepSeekOCRVisionConfig.model_type:
         raise TypeError(f"`model` has to be a DeepSeekOCRVisionModel, got a {type(model).__name__}.")
     image_processor = model.default_image_processor() if image_processor is None else image_processor
     # A processor as `AutoProcessor` gives it has the image processor inside.
