@@ -14,14 +14,13 @@ import torch
 from accelerate import PartialState
 
 from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor, hub_upload
-from deepseek_ocr_vision.configuration.checksums_deepseek_ocr_vision import write_checksums
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
 from deepseek_ocr_vision.encoding import encode_pages
-from deepseek_ocr_vision.encoding.loading import load_encoder
-from deepseek_ocr_vision.modeling.weights import check_checkpoint, in_one_step
+from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import require_picture_suffix, save_picture
+from deepseek_ocr_vision.weights import atomic_write, check_checkpoint, load_encoder
 
 
 FAILED, SOME_FAILED, INTERRUPTED = 1, 3, 130
@@ -31,7 +30,7 @@ def extract(options: argparse.Namespace) -> int:
     """Write the encoder of a checkpoint as one of its own, which loads by the Auto classes."""
     hub_options = {"revision": options.revision, "cache_dir": options.cache_dir, "preset": options.preset}
     hub_options["local_files_only"] = options.local_files_only
-    with in_one_step(options.target) as partial:
+    with atomic_write(options.target) as partial:
         model = DeepSeekOCRVisionModel.from_deepseek_ocr(
             options.source, feature_mode=options.feature_mode, dtype=options.dtype, **hub_options
         )

@@ -38,16 +38,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from deepseek_ocr_vision.configuration import PRESETS, DeepSeekOCRVisionConfig, preset_of
-from deepseek_ocr_vision.configuration.checkpoint_code_deepseek_ocr_vision import CHECKSUMS, FLAT_CODE, PACKAGE
-from deepseek_ocr_vision.configuration.checksums_deepseek_ocr_vision import (
+from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
+from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS, FLAT_CODE, PACKAGE
+from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import (
     read_checksums,
     sha256_of,
     verify_checksums,
     write_checksums,
 )
-from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.modeling.weights import check_repository_id, in_one_step
-from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
+from deepseek_ocr_vision.weights import atomic_write, check_repository_id
 
 
 BASE_MODEL = "deepseek-ai/DeepSeek-OCR"
@@ -153,7 +153,7 @@ def stage(
     check_repository_id(repo_id)
     _check_names(license=license, base_model=base_model)
     checkpoint, folder = Path(checkpoint), Path(folder)
-    with in_one_step(folder) as staged:
+    with atomic_write(folder) as staged:
         model, image_processor = _read(checkpoint)
         page = _draw_page(staged.with_name("page.png"))
         # More than there is: one file, whatever the size.

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, get_args
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .checkpoint_code_deepseek_ocr_vision import IN_PACKAGE
-from .saving_deepseek_ocr_vision import save_whole
+from ..saving.checkpoint_code_deepseek_ocr_vision import IN_PACKAGE
+from ..saving.saving_deepseek_ocr_vision import AtomicSavingMixin
 
 
 FeatureMode = Literal["residual", "concat", "projected", "sequence"]
@@ -227,7 +227,7 @@ class DeepSeekOCRVisionClipConfig(_ValidatedConfig):
         self._require_integers("intermediate_size", "grid_size")
 
 
-class DeepSeekOCRVisionConfig(_ValidatedConfig):
+class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
     """The whole encoder: a SAM stage, a CLIP stage, and what is made of their outputs.
 
     Args:
@@ -325,23 +325,6 @@ class DeepSeekOCRVisionConfig(_ValidatedConfig):
             self.sam_config.downsample_channels,
             f"a list that ends in clip_config.hidden_size ({self.clip_config.hidden_size}): CLIP reads those channels",
         )
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Save as transformers does, with the code that loads the folder where this package is not installed.
-
-        An interruption at any point is harmless: see `save_whole`.
-
-        Args:
-            save_directory: The folder.
-            push_to_hub: Whether to upload it as well.
-            kwargs: As in transformers.
-
-        Raises:
-            NotADirectoryError: `save_directory` is a file.
-            OSError: The folder cannot be written to, or the disk is full.
-        """
-        save = super().save_pretrained
-        return save_whole(self, save, save_directory, self, push_to_hub=push_to_hub, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary, the derived `hidden_size` among them for readers of the JSON."""

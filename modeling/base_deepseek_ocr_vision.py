@@ -58,7 +58,7 @@ class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
         return self.config.initializer_range
 
 
-def without_drawing() -> AbstractContextManager:
+def keep_rng_state() -> AbstractContextManager:
     """Leave the random state alone while modules are built, so that `_init_weights` alone decides what a seed gives.
 
     PyTorch's modules draw weights of their own when they are built, but not on the meta device, where transformers

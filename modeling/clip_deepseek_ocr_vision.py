@@ -16,8 +16,8 @@ from .base_deepseek_ocr_vision import (
     DeepSeekOCRVisionPreTrainedModel,
     checkpointable,
     feed_forward,
+    keep_rng_state,
     resize_positions,
-    without_drawing,
 )
 
 
@@ -115,7 +115,7 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
 
     def __init__(self, config: DeepSeekOCRVisionClipConfig, *, class_token: bool = True):
         super().__init__(config)
-        with without_drawing():
+        with keep_rng_state():
             self.embeddings = ClipEmbeddings(config, class_token=class_token)
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.transformer = ClipTransformer(config)

@@ -6,34 +6,23 @@ a backward pass reaches every weight and every pixel.
 Letters in the shapes: B batch, H and W rows and columns of the token grid, N = H x W tokens, C channels.
 """
 
-import os
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import IMAGE_PROCESSOR_MAPPING, AutoImageProcessor
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import cached_file
 
-from ..configuration.checkpoint_code_deepseek_ocr_vision import (
-    CHECKSUMS,
-    IN_PACKAGE,
-    checkpoint_code,
-    package_module,
-)
-from ..configuration.checksums_deepseek_ocr_vision import verify_checksums as verify_folder
-from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
-from ..configuration.presets_deepseek_ocr_vision import ModeName, preset_of, require_preset
-from ..configuration.saving_deepseek_ocr_vision import save_whole
-from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel, without_drawing
+from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
+from ..configuration.presets_deepseek_ocr_vision import ModeName
+from .base_deepseek_ocr_vision import keep_rng_state
 from .clip_deepseek_ocr_vision import ClipEncoder
-from .loading_deepseek_ocr_vision import check_loading_info
+from .loading_deepseek_ocr_vision import CheckpointMixin
 from .sam_deepseek_ocr_vision import SamEncoder
 from .sequence_deepseek_ocr_vision import (
     DeepSeekOCRVisionOutput,
+    flatten_views,
     grids_of_tiles,
-    in_a_row,
-    joined,
+    pad_and_concatenate,
     refuse_absent_tiles,
 )
 
@@ -59,7 +48,7 @@ class Projector(nn.Module):
         return self.layers(features)
 
 
-class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
+class DeepSeekOCRVisionModel(CheckpointMixin):
     """The encoder: SAM ViT-B, a 16x convolutional compressor, and CLIP-L. A 1024 x 1024 page becomes 256 tokens.
 
     Parameters are named as in the released checkpoint, less its prefix `model.`, which loading takes off.
@@ -87,198 +76,12 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
         self.sam_model = SamEncoder(config.sam_config, num_channels=config.num_channels)
         self.vision_model = ClipEncoder(config.clip_config, class_token=with_class_token)
         if config.feature_mode in ("projected", "sequence"):
-            with without_drawing():
+            with keep_rng_state():
                 self.projector = Projector(config.concat_size, config.projection_dim)
         if config.feature_mode == "sequence":
             self.image_newline = nn.Parameter(torch.zeros(config.projection_dim))
             self.view_seperator = nn.Parameter(torch.zeros(config.projection_dim))
         self.post_init()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args,
-        strict: bool | None = None,
-        ignore_mismatched_sizes: bool = False,
-        output_loading_info: bool = False,
-        verify_checksums: bool = False,
-        **kwargs,
-    ):
-        """Load a checkpoint as transformers does, but never go on with random weights under a mere warning.
-
-        Args:
-            pretrained_model_name_or_path: A folder, a Hub id, or `None` with a `state_dict` to start from.
-            strict: Whether weights that are missing, unknown or of another shape are an error. By default they are,
-                save for `None`, and save for a caller who takes the account of them by `output_loading_info`.
-            ignore_mismatched_sizes: Whether weights of another shape are drawn anew even so.
-            output_loading_info: Whether to return transformers' dictionary of missing and other keys as well.
-            verify_checksums: Whether to compare the files with the SHA-256 sums that a converted or published
-                checkpoint holds, which takes some seconds a gigabyte.
-            model_args: As in transformers.
-            kwargs: As in transformers.
-
-        Raises:
-            ValueError: The checkpoint does not fit, is corrupt, or is not what its checksums say; the message names
-                keys and shapes, or files.
-            OSError: The checkpoint cannot be read, holds no safetensors, or has no checksums though they were to be
-                compared.
-        """
-        if strict is None:
-            strict = pretrained_model_name_or_path is not None and not output_loading_info
-        _check_files(pretrained_model_name_or_path, kwargs)
-        # Pickles can run code.
-        kwargs.setdefault("use_safetensors", True)
-        model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            # Shapes are checked below, where the error can name both.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **kwargs,
-        )
-        if strict:
-            num_expected = len(model.state_dict())
-            check_loading_info(loading_info, num_expected=num_expected, allow_mismatched=ignore_mismatched_sizes)
-        if pretrained_model_name_or_path is None:
-            # transformers writes the text "None", which would be taken for the name of a repository.
-            model.config.name_or_path = model.name_or_path = ""
-        if verify_checksums:
-            _verify_files(pretrained_model_name_or_path, kwargs)
-        return (model, loading_info) if output_loading_info else model
-
-    @classmethod
-    def from_deepseek_ocr(
-        cls,
-        source: str | os.PathLike,
-        *,
-        preset: str = "deepseek-ocr-encoder",
-        feature_mode: FeatureMode | None = None,
-        config: DeepSeekOCRVisionConfig | None = None,
-        dtype: str | torch.dtype | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        **kwargs,
-    ) -> "DeepSeekOCRVisionModel":
-        """Load the encoder out of a whole DeepSeek-OCR, Unlimited-OCR or LLaVA checkpoint, and nothing else of it.
-
-        Of a repository on the Hub only the vision tensors are fetched, 0.8 of 6.7 GB, and kept in the Hub's cache.
-        What was interrupted goes on where it was. Every tensor has to be there, of the right shape and finite.
-
-        Args:
-            source: A Hub id such as `"deepseek-ai/DeepSeek-OCR"` or `"baidu/Unlimited-OCR"`, a folder with one or many
-                safetensors files, or one such file; in the released layout or that of transformers' Unlimited-OCR.
-            preset: Which preprocessing the model will be used with; it decides the feature mode.
-            feature_mode: Another mode than the preset's.
-            config: The encoder, where the checkpoint is of another size than the released ones and does not say so.
-            dtype: What to convert the weights to. By default they stay as they are stored, bfloat16 if released.
-            revision: Branch, tag or commit on the Hub.
-            token: The Hub's token; by default the one that is logged in.
-            cache_dir: The Hub's cache; by default huggingface_hub's own.
-            force_download: Whether to fetch again what is in the cache.
-            local_files_only: Whether to do without the Hub.
-            kwargs: As `from_pretrained` takes them, such as `attn_implementation` or `device_map`.
-
-        Raises:
-            TypeError: `source` is no path and no Hub id.
-            ValueError: The checkpoint does not fit, is corrupt or holds no safetensors; the message names the keys, or
-                the file with the sizes expected and found.
-            OSError: It is not there or cannot be fetched; the message names the file, or status and repository.
-        """
-        mode = require_preset(preset).feature_mode if feature_mode is None else feature_mode
-        hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        hub_options |= {"force_download": force_download, "local_files_only": local_files_only}
-        load = package_module("modeling.weights").load_deepseek_ocr
-        return load(cls, source, feature_mode=mode, config=config, dtype=dtype, hub_options=hub_options, **kwargs)
-
-    @classmethod
-    def from_encoder(cls, encoder: Any, *, copy: bool = False) -> "DeepSeekOCRVisionModel":
-        """Make a trainable model of a live `deepseek_ocr_encoder.DeepSeekOCREncoder`: the same tokens, and gradients.
-
-        Args:
-            encoder: The encoder, of any version of that package; it is recognised by what it carries.
-            copy: Whether the model gets weights of its own. By default it shares the encoder's, so that training it
-                trains both; all of them require a gradient then. What the encoder has computed of its position table
-                in advance does not follow.
-
-        Returns:
-            The model in `"residual"` mode, the one whose weights the encoder carries, on its device and in its dtype.
-
-        Raises:
-            TypeError: `encoder` is something else.
-            ValueError: Its tensors do not fit, are not finite, or were made under `torch.inference_mode()`, which only
-                a copy can be trained of.
-        """
-        return package_module("modeling.weights").load_encoder(cls, encoder, copy=copy)
-
-    def write_deepseek_ocr(
-        self,
-        base: str | os.PathLike,
-        target: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-    ) -> Any:
-        """Write a full checkpoint in the layout of another one, with this model's weights in place of its encoder's.
-
-        Everything else stays byte for byte: the language model, the header of every file, index, configuration,
-        tokenizer. Each weight is written in the base's dtype. The target appears in one step, at the end. Memory stays
-        below that of the model plus its largest tensor.
-
-        Args:
-            base: A DeepSeek-OCR or Unlimited-OCR checkpoint: a folder, a safetensors file or a Hub id, which is
-                fetched whole; in the released layout or that of transformers' Unlimited-OCR.
-            target: The new folder, or file if the base is one; it must not exist yet, or be an empty folder.
-            revision: Branch, tag or commit of a base on the Hub.
-            token: The Hub's token; by default the one that is logged in.
-            cache_dir: The Hub's cache; by default huggingface_hub's own.
-
-        Returns:
-            A report: which tensors were replaced, which of them rounded, which kept the base's values as this feature
-            mode does not have them, and which files were not copied. As text it is a short summary.
-
-        Raises:
-            ValueError: The base's encoder is not of this model's size, a weight is not finite or does not fit into the
-                base's dtype, or adapters are not merged.
-            FileExistsError: There is something at `target`.
-            OSError: The base cannot be read, the target not be written, or the disk is too small.
-        """
-        write = package_module("modeling.weights").write_deepseek_ocr
-        return write(self, base, target, revision=revision, token=token, cache_dir=cache_dir)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ):
-        """Save as transformers does, with the code that loads the folder where this package is not installed.
-
-        An interruption at any point is harmless: see `save_whole`. Only what all processes write together, with
-        `distributed_checkpoint`, goes straight into the folder.
-
-        Args:
-            save_directory: The folder.
-            is_main_process: Whether this process is the one that writes; the others only take part.
-            state_dict: Weights to save in place of the model's own.
-            push_to_hub: Whether to upload the folder as well.
-            kwargs: As in transformers.
-
-        Raises:
-            NotADirectoryError: `save_directory` is a file.
-            OSError: The folder cannot be written to, or the disk is full.
-        """
-        save, kwargs = super().save_pretrained, kwargs | {"is_main_process": is_main_process, "state_dict": state_dict}
-        if kwargs.get("distributed_checkpoint"):
-            with checkpoint_code(save_directory):
-                return save(save_directory, push_to_hub=push_to_hub, **kwargs)
-        return save_whole(self, save, save_directory, publish=is_main_process, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def initializer_range(self) -> float:
@@ -347,11 +150,11 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
 
         pages, of_pages = self._tokens(pixel_values, output_hidden_states, output_attentions)  # [B, H, W, C]
         if grids is None:
-            last_hidden_state = in_a_row(pages, **self._marks(pages))  # [B, N, C]
+            last_hidden_state = flatten_views(pages, **self._marks(pages))  # [B, N, C]
             attention_mask, pooled, of_tiles = None, last_hidden_state.mean(dim=1), BaseModelOutput()
         else:
             tiles, of_tiles = self._tokens(pixel_values_local, output_hidden_states, output_attentions)
-            last_hidden_state, attention_mask, pooled = joined(pages, tiles, grids, **self._marks(pages))
+            last_hidden_state, attention_mask, pooled = pad_and_concatenate(pages, tiles, grids, **self._marks(pages))
         hidden_states = (*of_pages.hidden_states[:-1], last_hidden_state) if output_hidden_states else None
         outputs = DeepSeekOCRVisionOutput(
             last_hidden_state=last_hidden_state,
@@ -456,29 +259,6 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
                 tokens.extend(_unpadded(outputs.last_hidden_state, outputs.attention_mask))
         return tokens
 
-    def default_image_processor(self) -> Any:
-        """What prepares pictures for this model unless told otherwise.
-
-        Returns:
-            The image processor saved with its checkpoint or, where there is none, the preset that belongs to its
-            feature mode at `config.image_size`.
-
-        Raises:
-            ValueError: Neither is at hand, as in a checkpoint without one whose package is not installed.
-        """
-        source = self.config.name_or_path
-        files = ("preprocessor_config.json", "processor_config.json")
-        if source and (not os.path.isdir(source) or any(os.path.isfile(os.path.join(source, file)) for file in files)):
-            is_remote_code = type(self).__module__.startswith("transformers_modules.")
-            return AutoImageProcessor.from_pretrained(source, trust_remote_code=is_remote_code)
-        if type(self.config) not in IMAGE_PROCESSOR_MAPPING:
-            raise ValueError("The checkpoint has no image processor; pass one as `image_processor`.")
-        registered = IMAGE_PROCESSOR_MAPPING[type(self.config)]
-        # transformers keeps a tuple at first, with gaps, and a dictionary by backend later.
-        classes = registered.values() if isinstance(registered, dict) else registered
-        image_processor_class = next(entry for entry in classes if entry is not None)
-        return image_processor_class(preset=preset_of(self.config.feature_mode), size=self.config.image_size)
-
     def layer_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters in groups, from the pixels to the tokens: one list for freezing and for learning-rate decay.
 
@@ -532,22 +312,6 @@ class DeepSeekOCRVisionModel(DeepSeekOCRVisionPreTrainedModel):
             for parameter in groups[group]:
                 parameter.requires_grad_(requires_grad)
         return self
-
-
-def _check_files(source: str | os.PathLike | None, options: dict[str, Any]) -> None:
-    """Find out what is wrong with the files in a folder before transformers stumbles over it."""
-    if IN_PACKAGE and source is not None and os.path.isdir(source) and options.get("variant") is None:
-        folder = os.path.join(source, options.get("subfolder") or "")
-        package_module("modeling.weights").check_files(folder)
-
-
-def _verify_files(source: str | os.PathLike, options: dict[str, Any]) -> None:
-    """Compare a checkpoint's files, in its folder or in the Hub's cache, with its checksums."""
-    if source is None:
-        raise ValueError("`verify_checksums` is true, but without a checkpoint there are no files to compare.")
-    names = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
-    checksums = cached_file(source, CHECKSUMS, **{name: options[name] for name in names if name in options})
-    verify_folder(os.path.dirname(checksums), allow_missing=not os.path.isdir(source))
 
 
 def _moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:

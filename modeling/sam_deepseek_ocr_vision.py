@@ -14,8 +14,8 @@ from .base_deepseek_ocr_vision import (
     DeepSeekOCRVisionPreTrainedModel,
     checkpointable,
     feed_forward,
+    keep_rng_state,
     resize_positions,
-    without_drawing,
 )
 
 
@@ -85,7 +85,7 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
         super().__init__(config)
         table_size = config.image_size // config.patch_size
         width, (middle_width, out_width) = config.output_channels, config.downsample_channels
-        with without_drawing():
+        with keep_rng_state():
             self.patch_embed = SamPatchEmbed(config, num_channels=num_channels)
             self.pos_embed = nn.Parameter(torch.zeros(1, table_size, table_size, config.hidden_size))
             self.blocks = nn.ModuleList(SamBlock(config, index=index) for index in range(config.num_hidden_layers))

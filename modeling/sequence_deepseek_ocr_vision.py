@@ -32,7 +32,7 @@ class DeepSeekOCRVisionOutput(BaseModelOutputWithPooling):
     local_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-def in_a_row(
+def flatten_views(
     *views: torch.Tensor,  # [..., H, W, C] each
     newline: torch.Tensor | None = None,  # [C]
     separator: torch.Tensor | None = None,  # [C]
@@ -62,7 +62,7 @@ def as_one_grid(tiles: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
     return grids.flatten(2, 3).flatten(0, 1)
 
 
-def joined(
+def pad_and_concatenate(
     pages: torch.Tensor,  # [B, H, W, C]
     tiles: torch.Tensor,  # [all tiles, H, W, C]
     grids: list[tuple[int, int]],
@@ -78,18 +78,19 @@ def joined(
         pages: The tokens of the pages.
         tiles: The tokens of all pictures' tiles.
         grids: Columns and rows of each picture's tiles, 0 and 0 for none.
-        marks: `newline` and `separator`, as `in_a_row` takes them.
+        marks: `newline` and `separator`, as `flatten_views` takes them.
 
     Returns:
         The rows, padded with zeros at the end, [B, N, C]; the mask [B, N] of what is a token; the mean of each row's
         tokens, [B, C].
     """
     if not grids:
-        nothing = in_a_row(tiles, pages, **marks)  # [0, N, C]
+        nothing = flatten_views(tiles, pages, **marks)  # [0, N, C]
         return nothing, nothing.new_ones(nothing.shape[:2], dtype=torch.bool), nothing.mean(dim=1)
     of_each = tiles.split([columns * rows for columns, rows in grids])
     rows = [
-        in_a_row(as_one_grid(own, *grid), page, **marks) for page, own, grid in zip(pages, of_each, grids, strict=True)
+        flatten_views(as_one_grid(own, *grid), page, **marks)
+        for page, own, grid in zip(pages, of_each, grids, strict=True)
     ]
     hidden_states = pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows], device=pages.device)
@@ -157,4 +158,11 @@ def _integers(name: str, value: Any, *, depth: int) -> list:
     return entries
 
 
-__all__ = ["DeepSeekOCRVisionOutput", "as_one_grid", "grids_of_tiles", "in_a_row", "joined", "refuse_absent_tiles"]
+__all__ = [
+    "DeepSeekOCRVisionOutput",
+    "as_one_grid",
+    "flatten_views",
+    "grids_of_tiles",
+    "pad_and_concatenate",
+    "refuse_absent_tiles",
+]

@@ -17,11 +17,11 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from ..configuration.checkpoint_code_deepseek_ocr_vision import package_module
 from ..configuration.configuration_deepseek_ocr_vision import FEATURE_MODES, FeatureMode
 from ..configuration.presets_deepseek_ocr_vision import MODES, PRESETS, ModeName, require_mode, require_preset
-from ..configuration.saving_deepseek_ocr_vision import save_whole
-from .pictures_deepseek_ocr_vision import fetch_pictures, named_pictures, read_picture
+from ..saving.checkpoint_code_deepseek_ocr_vision import NEEDS_PACKAGE
+from ..saving.saving_deepseek_ocr_vision import AtomicSavingMixin
+from .images_deepseek_ocr_vision import fetch_images_of, named_images, read_image
 from .tiles_deepseek_ocr_vision import MIN_TILES, cut, tile_grid
 
 
@@ -113,7 +113,7 @@ class Views(NamedTuple):
     unit: float
 
 
-class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
+class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
     """Turns pictures into the `pixel_values` that a `DeepSeekOCRVisionModel` reads.
 
     `processor(images, return_tensors="pt").pixel_values` is [B, 3, H, W], float32. `images` is a picture, a list of
@@ -261,7 +261,10 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         """
         require_preset(preset)
         hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        image_size_of = package_module("configuration.architecture").image_size_of
+        try:
+            from deepseek_ocr_vision.weights import image_size_of
+        except ImportError as error:
+            raise ImportError(NEEDS_PACKAGE) from error
         size = image_size_of(source, local_files_only=local_files_only, **hub_options)
         return cls(preset, **({} if fields.get("mode") is not None else {"size": size}) | fields)
 
@@ -346,7 +349,7 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
             ValueError: A URL; nothing is downloaded.
             OSError: A file that is missing, truncated or no picture.
         """
-        return fetch_pictures(image_url_or_urls, "images")
+        return fetch_images_of(image_url_or_urls, "images")
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
@@ -372,23 +375,6 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
         """All fields as a dictionary. In a saved folder it also names the processor, for `AutoProcessor`."""
         fields = super().to_dict() | {"mode": self.mode}
         return fields | {"processor_class": "DeepSeekOCRVisionProcessor"} if "auto_map" in fields else fields
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Save as transformers does, with the code that loads the folder where this package is not installed.
-
-        An interruption at any point is harmless: see `save_whole`.
-
-        Args:
-            save_directory: The folder.
-            push_to_hub: Whether to upload it as well.
-            kwargs: As in transformers.
-
-        Raises:
-            NotADirectoryError: `save_directory` is a file.
-            OSError: The folder cannot be written to, or the disk is full.
-        """
-        save = super().save_pretrained
-        return save_whole(self, save, save_directory, self, push_to_hub=push_to_hub, **kwargs)
 
     def _with(self, overrides: dict[str, Any]) -> "DeepSeekOCRVisionImageProcessor":
         """This image processor with some fields replaced; all are validated again, as they may have been set since."""
@@ -416,9 +402,9 @@ class DeepSeekOCRVisionImageProcessor(BaseImageProcessor):
     def _views(self, images: Any, input_data_format: str | None, device: Any, disable_grouping: bool) -> list[Views]:
         """The page and the tiles of every picture, in order."""
         views, waiting = [], defaultdict(list)
-        for name, picture in named_pictures(images, "images"):
+        for name, picture in named_images(images, "images"):
             keeps_tensor = self._keeps_tensor(picture)
-            read, unit = read_picture(picture, name, input_data_format, self.do_convert_rgb, keeps_tensor)
+            read, unit = read_image(picture, name, input_data_format, self.do_convert_rgb, keeps_tensor)
             if not self.do_resize:
                 _require_token_multiple(name, *_height_width(read))
             if keeps_tensor and isinstance(picture, torch.Tensor):

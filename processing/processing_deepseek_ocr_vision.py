@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
-from ..configuration.saving_deepseek_ocr_vision import save_whole
+from ..saving.saving_deepseek_ocr_vision import AtomicSavingMixin
 from .image_processing_deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor
 
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     # older versions do not look for them in the files imported above.
     from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig  # noqa: F401
     from ..configuration.presets_deepseek_ocr_vision import PRESETS  # noqa: F401
-    from .pictures_deepseek_ocr_vision import read_picture  # noqa: F401
+    from .images_deepseek_ocr_vision import read_image  # noqa: F401
     from .tiles_deepseek_ocr_vision import tile_grid  # noqa: F401
 
 
-class DeepSeekOCRVisionProcessor(ProcessorMixin):
+class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
     """A processor whose only part is a `DeepSeekOCRVisionImageProcessor`.
 
     `processor(images=..., return_tensors="pt").pixel_values` is [B, 3, H, W], with tiles beside it where the image
@@ -82,23 +82,9 @@ class DeepSeekOCRVisionProcessor(ProcessorMixin):
             raise ValueError(f"{twice} are given twice: by themselves and inside `images_kwargs`.")
         return self.image_processor(images, **(options[0] | options[1] | options[2]))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Save as transformers does, with the code that loads the folder where this package is not installed.
-
-        An interruption at any point is harmless: see `save_whole`.
-
-        Args:
-            save_directory: The folder.
-            push_to_hub: Whether to upload it as well.
-            kwargs: As in transformers.
-
-        Raises:
-            NotADirectoryError: `save_directory` is a file.
-            OSError: The folder cannot be written to, or the disk is full.
-        """
-        parts = [part for part in (self, self.image_processor) if hasattr(part, "code_entries")]
-        save = super().save_pretrained
-        return save_whole(self, save, save_directory, *parts, push_to_hub=push_to_hub, **kwargs)
+    def parts_to_save(self) -> list[Any]:
+        """Itself, and its image processor if it is this package's."""
+        return [part for part in (self, self.image_processor) if hasattr(part, "code_entries")]
 
 
 __all__ = ["DeepSeekOCRVisionProcessor"]

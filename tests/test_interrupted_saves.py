@@ -18,8 +18,8 @@ from hub_server import HubServer
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor
-from deepseek_ocr_vision.configuration.checksums_deepseek_ocr_vision import write_checksums
-from deepseek_ocr_vision.modeling.weights import check_checkpoint
+from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
+from deepseek_ocr_vision.weights import check_checkpoint
 
 
 ONE_FILE, MANY_FILES = "5GB", "120KB"

@@ -9,7 +9,7 @@ from helpers import run_python
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from deepseek_ocr_vision.modeling.weights.files import DTYPES, read_local_header, read_tensor
+from deepseek_ocr_vision.weights.safetensors_files import DTYPES, read_local_header, read_tensor
 
 
 TENSORS = {"first": torch.arange(6.0).view(2, 3), "second": torch.arange(4, dtype=torch.float16)}
@@ -105,7 +105,7 @@ def test_an_absurd_header_length_allocates_nothing(tmp_path):
     (tmp_path / "file").write_bytes((99_999_999).to_bytes(8, "little") + bytes(100))
     output = run_python(f"""
         import resource, pathlib
-        from deepseek_ocr_vision.modeling.weights.files import read_local_header
+        from deepseek_ocr_vision.weights.safetensors_files import read_local_header
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             read_local_header(pathlib.Path({str(tmp_path / "file")!r}))

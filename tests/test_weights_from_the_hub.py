@@ -19,7 +19,7 @@ from hub_server import Fault, HubServer
 from safetensors.torch import load_file, save_file
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.modeling.weights.names import is_vision
+from deepseek_ocr_vision.weights.names import is_vision
 
 
 REPO = "deepseek-ai/DeepSeek-OCR"

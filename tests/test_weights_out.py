@@ -19,9 +19,9 @@ from helpers import (
 from safetensors.torch import load_file
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.configuration.checksums_deepseek_ocr_vision import verify_checksums, write_checksums
-from deepseek_ocr_vision.modeling.weights import writing
-from deepseek_ocr_vision.modeling.weights.names import our_name
+from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import verify_checksums, write_checksums
+from deepseek_ocr_vision.weights import writing
+from deepseek_ocr_vision.weights.names import our_name
 
 
 @pytest.fixture

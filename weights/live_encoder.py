@@ -5,23 +5,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...configuration.architecture import config_of_shapes
-from ..modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
-from .names import account, our_name
+from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
+
+from .names import match_tensors, our_name
 from .reading import expected_shapes
+from .sizes import config_of_shapes
 
 
 CARRIED = ("sam", "clip_pre", "clip_tr", "clip_pos_table")
 """What every version of that package's encoder carries: both stages, and in place of CLIP's embeddings a table."""
 
 
-def load_encoder(model_class: type[DeepSeekOCRVisionModel], encoder: Any, *, copy: bool) -> DeepSeekOCRVisionModel:
+def load_live_encoder(
+    model_class: type[DeepSeekOCRVisionModel], encoder: Any, *, copy: bool
+) -> DeepSeekOCRVisionModel:
     """What `DeepSeekOCRVisionModel.from_encoder` says."""
     tensors = tensors_of(encoder)
     _require_usable(tensors, copy=copy)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = config_of_shapes(_our_shapes(shapes), num_clip_heads=_num_heads(encoder.clip_tr))
-    sources = account(shapes, expected_shapes(model_class, config))
+    sources = match_tensors(shapes, expected_shapes(model_class, config))
     with torch.device("meta"):
         model = model_class(config)
     weights = {key: _weight([tensors[name] for name in names], copy=copy) for key, names in sources.items()}

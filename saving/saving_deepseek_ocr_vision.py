@@ -41,7 +41,32 @@ _POINTER = "transformers_weights"
 _HUB_OPTIONS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
-def save_whole(
+class AtomicSavingMixin:
+    """For classes of transformers with a `save_pretrained`: the same, but atomic, and with the code that loads it."""
+
+    def parts_to_save(self) -> list[Any]:
+        """The objects in the checkpoint whose `code_entries` are the Auto classes that load them."""
+        return [self]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """Save as transformers does, with the code that loads the folder where this package is not installed.
+
+        An interruption at any point is harmless: see `save_atomically`.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Whether to upload it as well.
+            kwargs: As in transformers.
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+            OSError: The folder cannot be written to, or the disk is full.
+        """
+        save = super().save_pretrained
+        return save_atomically(self, save, save_directory, *self.parts_to_save(), push_to_hub=push_to_hub, **kwargs)
+
+
+def save_atomically(
     saved: Any,
     save: Callable,
     save_directory: str | os.PathLike,
@@ -314,4 +339,4 @@ def _push(saved: Any, target: Path, names: list[str], options: dict[str, Any]) -
     stand_in.push_to_hub(options.get("repo_id") or target.resolve().name, **hub_options)
 
 
-__all__ = ["save_whole"]
+__all__ = ["AtomicSavingMixin", "save_atomically"]

@@ -18,21 +18,21 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", flags=re.IGNORECASE)
 _STRIP_PIXELS = 1 << 20
 
 
-class PictureTooLargeError(Image.DecompressionBombError, ValueError):
+class ImageTooLargeError(Image.DecompressionBombError, ValueError):
     """A picture has more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels, where Pillow refuses it."""
 
 
-def named_pictures(images: Any, name: str) -> Iterator[tuple[str, Any]]:
+def named_images(images: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Every picture of `images`, in order, with the expression by which the caller finds it."""
     is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4)
     if not is_batch:
         return iter([(name, images)])
     if len(images) == 0:
         raise ValueError(f"{name} is empty; at least one picture is needed.")
-    return chain.from_iterable(named_pictures(image, f"{name}[{index}]") for index, image in enumerate(images))
+    return chain.from_iterable(named_images(image, f"{name}[{index}]") for index, image in enumerate(images))
 
 
-def read_picture(
+def read_image(
     picture: Any, name: str, input_data_format: str | None, do_convert_rgb: bool, keeps_tensor: bool
 ) -> tuple[Image.Image | torch.Tensor, float]:
     """Any picture as RGB with 256 levels, and the value of one level: 1/255 if it came in [0, 1], else 1.
@@ -67,16 +67,16 @@ def _opened(path: str | os.PathLike, name: str) -> Image.Image:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: there is no such file.") from error
     except Image.DecompressionBombError as error:
-        raise PictureTooLargeError(f"{name}: {error}") from error
+        raise ImageTooLargeError(f"{name}: {error}") from error
     except OSError as error:
         raise OSError(f"{name}: {error}") from error
     with picture:
         return _loaded(picture, name)
 
 
-def fetch_pictures(images: Any, name: str) -> Any:
+def fetch_images_of(images: Any, name: str) -> Any:
     if isinstance(images, list | tuple):
-        return [fetch_pictures(image, f"{name}[{index}]") for index, image in enumerate(images)]
+        return [fetch_images_of(image, f"{name}[{index}]") for index, image in enumerate(images)]
     return _opened(images, name) if isinstance(images, str | os.PathLike) else images
 
 
@@ -148,7 +148,7 @@ def _require_pixels(height: int, width: int, name: str) -> None:
         raise ValueError(f"{name} has no pixels: it is {height} x {width} (height x width).")
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and height * width > 2 * limit:
-        raise PictureTooLargeError(
+        raise ImageTooLargeError(
             f"{name} has {height} x {width} pixels (height x width); the limit is {2 * limit} in all, twice "
             "PIL.Image.MAX_IMAGE_PIXELS."
         )
@@ -240,4 +240,4 @@ def _top_of_range(array: np.ndarray, name: str, is_16_bit: bool) -> int:
     )
 
 
-__all__ = ["PAPER", "PictureTooLargeError", "fetch_pictures", "named_pictures", "read_picture"]
+__all__ = ["PAPER", "ImageTooLargeError", "fetch_images_of", "named_images", "read_image"]

@@ -8,36 +8,28 @@ waiting times.
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, tqdm, validate_repo_id
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .checkpoints import CONFIG, LocalCheckpoint, open_local, read_config, read_index
-from .files import LENGTH_BYTES, TensorEntry, read_header, read_local_header
 from .names import is_vision
+from .repository import explained
+from .safetensors_files import LENGTH_BYTES, TensorEntry, read_header, read_local_header
 
 
 logger = logging.get_logger(__name__)
 
 MAX_FAILURES = 5
 CHUNK_BYTES = 1 << 20
-
-_ADVICE = {
-    401: "the repository is private or its name wrong; check the name, or log in with `hf auth login`",
-    403: "access to it has to be asked for on its page, or the token does not allow it",
-    404: "there is no such repository, revision or file",
-    429: "too many requests; wait a while and try again",
-}
 
 
 class RefusedError(OSError):
@@ -274,41 +266,6 @@ def _spans(entries: Iterable[TensorEntry]) -> list[tuple[str, int, int]]:
     return [span for span in spans if span[1] < span[2]]
 
 
-def check_repository_id(repo_id: Any) -> str:
-    """The id itself, if it is one of a repository, `namespace/name`.
-
-    Raises:
-        ValueError: It is not.
-    """
-    allowed = "it has to be namespace/name, of letters, digits, single '-', '_' and '.'"
-    # Older versions of the client pass a line break at the end, and letters that are not ASCII.
-    if not isinstance(repo_id, str) or not re.fullmatch(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", repo_id):
-        raise ValueError(f"{repo_id!r} is no repository id; {allowed}.")
-    try:
-        validate_repo_id(repo_id)
-    except ValueError as error:
-        raise ValueError(f"{repo_id!r} is no repository id; {allowed}.") from error
-    return repo_id
-
-
-def repository_named(source: Any, *, argument: str) -> str | None:
-    """The Hub id that an argument is, or `None` if it is the path of something on this machine.
-
-    Raises:
-        TypeError: It is no text and no path.
-        FileNotFoundError: It is a path, and there is nothing there.
-        ValueError: It is neither a path nor the name of a repository.
-    """
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"`{argument}` has to be a path or a Hub id, got {source!r}.")
-    if os.path.exists(source):
-        return None
-    name = os.fspath(source)
-    if os.path.isabs(name) or name.startswith((".", "~")) or name.endswith(".safetensors") or name.count("/") != 1:
-        raise FileNotFoundError(f"{name!r} does not exist, and is not the name of a repository on the Hub.")
-    return check_repository_id(name)
-
-
 def open_remote(
     repo_id: str,
     *,
@@ -368,29 +325,4 @@ def _open_headers(repository: Repository, config: dict[str, Any]) -> RemoteCheck
     return RemoteCheckpoint(repository, files, tensors, others, config)
 
 
-@contextmanager
-def explained(repo_id: str) -> Iterator[None]:
-    """Say of an error that the Hub answered with its status, its repository, and what to do about it.
-
-    Raises:
-        OSError: In place of huggingface_hub's own errors, which cover offline use as well.
-    """
-    try:
-        yield
-    # Where no connection comes about, older versions of the client end with a RuntimeError.
-    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, RuntimeError) as error:
-        raise OSError(_explanation(repo_id, error)) from error
-
-
-def _explanation(repo_id: str, error: BaseException) -> str:
-    cause: BaseException | None = error
-    while cause is not None:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status is not None:
-            advice = _ADVICE.get(status, "the Hub's own fault; try again")
-            return f"{repo_id}: the Hub answered {status}: {advice}. ({cause})"
-        cause = cause.__cause__
-    return f"{repo_id} could not be reached, and is not in the cache. ({error})"
-
-
-__all__ = ["RemoteCheckpoint", "check_repository_id", "open_remote", "repository_named"]
+__all__ = ["RemoteCheckpoint", "open_remote"]

@@ -11,19 +11,21 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 
 PACKAGE = "deepseek_ocr_vision"
 CHECKSUMS = "SHA256SUMS"
 IN_PACKAGE = __name__.startswith(f"{PACKAGE}.")
+NEEDS_PACKAGE = (
+    "This needs the package deepseek-ocr-vision; what a checkpoint carries of it only loads, runs and trains."
+)
 FLAT_CODE = {
-    "configuration": ("configuration", "checkpoint_code", "checksums", "presets", "saving"),
+    "configuration": ("configuration", "presets"),
     "modeling": ("modeling", "sequence", "loading", "sam", "clip", "base", "attention"),
-    "processing": ("processing", "image_processing", "pictures", "tiles"),
+    "processing": ("processing", "image_processing", "images", "tiles"),
+    "saving": ("saving", "checkpoint_code", "checksums"),
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek_ocr_vision.DeepSeekOCRVisionConfig",
@@ -33,22 +35,6 @@ AUTO_MAP = {
 }
 
 _CROSS_FOLDER_IMPORT = re.compile(r"^(\s*from )\.\.\w+(\.\w+ import )", flags=re.MULTILINE)
-
-
-def package_module(name: str) -> ModuleType:
-    """A module of the package that no checkpoint carries: its code serves the making of checkpoints, not their use.
-
-    By its name, since transformers would take an import for one that every user of a checkpoint needs.
-
-    Raises:
-        ImportError: This is a checkpoint's code, and the package is not installed.
-    """
-    try:
-        return import_module(f"{PACKAGE}.{name}")
-    except ImportError as error:
-        raise ImportError(
-            "This needs the package deepseek-ocr-vision; what a checkpoint carries of it only loads, runs and trains."
-        ) from error
 
 
 def flatten(source: str) -> str:
@@ -127,4 +113,4 @@ def _with_auto_map(part: Any) -> Iterator[None]:
             part.auto_map = before
 
 
-__all__ = ["AUTO_MAP", "CHECKSUMS", "IN_PACKAGE", "checkpoint_code", "flatten", "package_module", "stage_code"]
+__all__ = ["AUTO_MAP", "CHECKSUMS", "IN_PACKAGE", "NEEDS_PACKAGE", "checkpoint_code", "flatten", "stage_code"]

@@ -2,7 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,15 +13,15 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
 
-from ...configuration.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
-from ...configuration.checksums_deepseek_ocr_vision import write_checksums
-from ..modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
+from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
+
 from .checkpoints import LocalCheckpoint, open_local
-from .files import DTYPES, TensorEntry, byte_view
-from .hub import explained, repository_named
-from .names import account, is_vision
+from .names import is_vision, match_tensors
 from .reading import expected_shapes
-from .targets import in_one_step
+from .repository import explained, repository_named
+from .safetensors_files import DTYPES, TensorEntry, byte_view
 
 
 CHUNK_BYTES = 1 << 20
@@ -69,12 +71,12 @@ def write_deepseek_ocr(
         raise ValueError(f"`target` is {target}, which lies in the base {base}; name another place.")
     checkpoint = open_local(base)
     weights = _weights_of(model)
-    sources = account(checkpoint.shapes, {key: tuple(tensor.shape) for key, tensor in weights.items()})
+    sources = match_tensors(checkpoint.shapes, {key: tuple(tensor.shape) for key, tensor in weights.items()})
     replacements = _replacements(checkpoint, weights, sources)
     kept = [name for name in checkpoint.tensors if is_vision(name) and name not in replacements]
     report = WriteReport(target, list(replacements), _rounded(checkpoint, replacements), kept)
     _require_space(target, sum((checkpoint.folder / file).stat().st_size for file in checkpoint.files))
-    with in_one_step(target) as partial:
+    with atomic_write(target) as partial:
         if base.is_dir():
             report.left_out.extend(_copy_side_files(base, partial, checkpoint.files))
         total = sum((checkpoint.folder / file).stat().st_size for file in checkpoint.files)
@@ -193,6 +195,26 @@ def _copy_until(source: BinaryIO, output: BinaryIO, stop: int | None, bar: tqdm)
 
 def _write_tensor(tensor: torch.Tensor, entry: TensorEntry, output: BinaryIO) -> None:
     output.write(byte_view(tensor.to("cpu", DTYPES[entry.dtype]).contiguous()))
+
+
+@contextmanager
+def atomic_write(target: str | os.PathLike) -> Iterator[Path]:
+    """A path to write a folder or a file to, which becomes `target` in one rename; on an error nothing is left of it.
+
+    Args:
+        target: A name that is free, or of an empty folder.
+
+    Raises:
+        FileExistsError: There is something at `target`.
+    """
+    target = Path(target)
+    if target.is_symlink() or (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
+        raise FileExistsError(f"{target} is there already; name a new one, or remove it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as temporary:
+        partial = Path(temporary) / target.name
+        yield partial
+        os.replace(partial, target)
 
 
 __all__ = ["WriteReport", "write_deepseek_ocr"]

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ...configuration.architecture import config_of_checkpoint
-from ...configuration.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
-from ...configuration.checksums_deepseek_ocr_vision import verify_checksums
-from ...configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
-from ..modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
+from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
+from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import verify_checksums
+
 from .checkpoints import LocalCheckpoint, open_local
-from .files import DTYPES
-from .hub import open_remote, repository_named
-from .names import account, our_name
+from .hub import open_remote
+from .names import match_tensors, our_name
+from .repository import repository_named
+from .safetensors_files import DTYPES
+from .sizes import config_of_checkpoint
 
 
 def load_deepseek_ocr(
@@ -33,9 +35,9 @@ def load_deepseek_ocr(
     checkpoint = open_local(source) if repo_id is None else open_remote(repo_id, **hub_options)
     config = config_of_checkpoint(checkpoint.config, feature_mode) if config is None else config
     # The whole account first, before a byte of the weights is fetched or read.
-    account(checkpoint.shapes, expected_shapes(model_class, config))
+    match_tensors(checkpoint.shapes, expected_shapes(model_class, config))
     local = checkpoint.local()
-    sources = account(local.shapes, expected_shapes(model_class, config))
+    sources = match_tensors(local.shapes, expected_shapes(model_class, config))
     dtype = _dtype(dtype) or _widest_dtype(local, sources)
     weights = {key: tensor.to(dtype) for key, tensor in local.read(sources)}
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, strict=True, **kwargs)
@@ -100,7 +102,7 @@ def check_checkpoint(source: str | os.PathLike) -> str:
     is_ours = checkpoint.config.get("model_type") == DeepSeekOCRVisionConfig.model_type
     feature_mode = checkpoint.config.get("feature_mode", "residual") if is_ours else _richest_mode(checkpoint.shapes)
     config = config_of_checkpoint(checkpoint.config, feature_mode)
-    sources = account(checkpoint.shapes, expected_shapes(DeepSeekOCRVisionModel, config))
+    sources = match_tensors(checkpoint.shapes, expected_shapes(DeepSeekOCRVisionModel, config))
     num_parameters = sum(tensor.numel() for _, tensor in checkpoint.read(sources))
     dtypes = sorted({checkpoint.tensors[name].dtype for names in sources.values() for name in names})
     lines.append(f"{len(sources)} tensors, {num_parameters:,} parameters, {', '.join(dtypes)}: all there and finite.")

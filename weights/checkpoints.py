@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .files import DTYPES, TensorEntry, read_local_header, read_tensor
+from .safetensors_files import DTYPES, TensorEntry, read_local_header, read_tensor
 
 
 CONFIG = "config.json"

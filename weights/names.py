@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..loading_deepseek_ocr_vision import problems_with, raise_foreign
+from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import problems_with, raise_foreign
 
 
 PARTS = "qkv"
@@ -80,7 +80,9 @@ def is_vision(name: str) -> bool:
     return bool(_VISION.match(our_name(name).key))
 
 
-def account(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+def match_tensors(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[str]]:
     """Find for each tensor of a model the one or three of a checkpoint that it is made of.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from .configuration_deepseek_ocr_vision import (
+from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import (
     DeepSeekOCRVisionClipConfig,
     DeepSeekOCRVisionConfig,
     DeepSeekOCRVisionSamConfig,
