@@ -17,6 +17,7 @@ from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisi
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
 from deepseek_ocr_vision.encoding import encode_pages
+from deepseek_ocr_vision.encoding.threads import fit_threads
 from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import require_picture_suffix, save_picture
@@ -86,6 +87,9 @@ def encode(options: argparse.Namespace) -> int:
     try:
         model, image_processor = load_encoder(options.model, **choices)
         model.to(options.device or process.device)
+        if model.device.type == "cpu":
+            height, width = (image_processor.size[side] for side in ("height", "width"))
+            fit_threads(model, num_pixels=options.batch_size * height * width)
         show_progress = process.is_local_main_process
         summary = encode_pages(options.inputs, model, image_processor, show_progress=show_progress, **fields)
     except KeyboardInterrupt:

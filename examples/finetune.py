@@ -22,6 +22,7 @@ Your own pages, your own encoder, your own language model:
 import copy
 import json
 import logging
+import math
 import shlex
 import shutil
 import subprocess
@@ -49,6 +50,7 @@ from transformers import (
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel, ImageTextCollator, resume
 from deepseek_ocr_vision.composites import IMAGE_TOKEN, build_model, build_processor
+from deepseek_ocr_vision.encoding.threads import fit_threads
 
 
 logger = logging.getLogger("finetune")
@@ -261,6 +263,7 @@ def run(
     model = build_model(processor, encoder=model_arguments.encoder, language_model=model_arguments.language_model)
     start = {key: value.clone() for key, value in model.model.vision_tower.state_dict().items()}
     freeze(model.model.vision_tower, name, model_arguments.freeze)
+    fit_threads(model, num_pixels=arguments.train_batch_size * math.prod(processor.image_processor.size.values()))
     history = train(model, pages, processor=processor, arguments=arguments, run_folder=folder)
     read, written = read_pages(
         model,

@@ -1,4 +1,9 @@
-"""Fixtures of all tests. Nothing is downloaded: the Hub is switched off before anything can ask for it."""
+"""Fixtures of all tests. Nothing is downloaded: the Hub is switched off before anything can ask for it.
+
+Tests, and the processes that they start, compute with one thread: their models are small (see
+`deepseek_ocr_vision.encoding.threads`). The full-size encoder takes a thread for each core, and if you set
+`OMP_NUM_THREADS` yourself, all tests take as many.
+"""
 
 import os
 
@@ -15,7 +20,12 @@ from transformers.utils import logging
 from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
 
 
+CHOSEN_THREADS = os.environ.get("OMP_NUM_THREADS")
+
 logging.disable_progress_bar()
+if not CHOSEN_THREADS:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +53,17 @@ def golden_weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def golden_model(golden_weights):
+def all_threads():
+    """A thread for each core, for models that are worth it; not where the user chose, or another worker computes."""
+    before = torch.get_num_threads()
+    if not CHOSEN_THREADS and "PYTEST_XDIST_WORKER" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def golden_model(golden_weights, all_threads):
     """Make a full-size model of a feature mode around the golden weights, without copying them."""
 
     def make(feature_mode: str) -> DeepSeekOCRVisionModel:
