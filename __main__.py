@@ -20,7 +20,7 @@ from deepseek_ocr_vision.encoding import encode_pages
 from deepseek_ocr_vision.encoding.threads import fit_threads
 from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
-from deepseek_ocr_vision.visualize.pages import require_picture_suffix, save_picture
+from deepseek_ocr_vision.visualize.pages import require_image_suffix, save_image
 from deepseek_ocr_vision.weights import atomic_write, check_checkpoint, load_encoder
 
 
@@ -72,7 +72,7 @@ def show(options: argparse.Namespace) -> int:
     for page, target in zip(options.pages, targets, strict=True):
         view = view_page(model, page)
         title = f"{page.name}: {view.grid[0]} x {view.grid[1]} tokens of {options.model}"
-        save_picture(draw_sheet(view, options.token, layer=options.layer, title=title), target)
+        save_image(draw_sheet(view, options.token, layer=options.layer, title=title), target)
         sys.stdout.write(f"{target}\n")
     return 0
 
@@ -113,7 +113,7 @@ def _sheets(pages: Sequence[Path], out: str | None) -> list[Path]:
         raise NotADirectoryError(f"{out} is a file; {len(pages)} pages need a folder.")
     targets = [Path(out or ".") / f"{page.stem}-sheet.png" for page in pages] if is_folder else [Path(out)]
     for index, target in enumerate(targets):
-        require_picture_suffix(target)
+        require_image_suffix(target)
         if target in targets[:index]:
             raise ValueError(
                 f"Two pages have one name; they would be written to {target} twice. Show them one by one."

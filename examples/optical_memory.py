@@ -64,8 +64,8 @@ from transformers import (
 
 from deepseek_ocr_vision.composites import build_model, build_processor
 from deepseek_ocr_vision.processing.text_pages import TextRenderer
-from deepseek_ocr_vision.training.checkpoints import resume
 from deepseek_ocr_vision.training.collator import NOT_TRAINED_ON, ImageTextCollator
+from deepseek_ocr_vision.training.resuming import resume
 
 
 logger = logging.getLogger("optical_memory")

@@ -30,7 +30,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 from deepseek_ocr_vision.composites.small import small_encoder_config
 from deepseek_ocr_vision.visualize import PageView, draw_sheet, view_page
-from deepseek_ocr_vision.visualize.pages import save_picture
+from deepseek_ocr_vision.visualize.pages import save_image
 
 
 logger = logging.getLogger("seeing")
@@ -135,7 +135,7 @@ def draw(reader: TokenReader, image_processor: DeepSeekOCRVisionImageProcessor, 
 
 def save_in_256_colors(picture: Image.Image, path: Path) -> None:
     """Write a picture in half the bytes; it is dithered, so that no edges come where colours pass into each other."""
-    save_picture(picture.quantize(palette=picture.quantize(), dither=Image.Dither.FLOYDSTEINBERG), path)
+    save_image(picture.quantize(palette=picture.quantize(), dither=Image.Dither.FLOYDSTEINBERG), path)
 
 
 def train(output_dir: Path, *, max_steps: int, page_size: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""`ImageTextCollator`: what is trained on, which pictures belong where, and batches without any."""
+"""`ImageTextCollator`: what is trained on, which images belong where, and batches without any."""
 
 import pytest
 import torch
@@ -69,10 +69,10 @@ def test_the_answer_and_its_end_alone_are_trained_on(processor, side):
         {"prompt": "<image>Read this:", "answer": "7 é", "image": page()},
         {"text": "Compare <image> and <image>they differ", "images": [page(), page(9)]},
         {"prompt": "2 + 2", "answer": "4"},
-        {"text": "no picture", "images": []},
+        {"text": "no image", "images": []},
     ]
     batch = ImageTextCollator(processor, padding_side=side)(samples)
-    expected = ["7 é<eos>", "they differ<eos>", "4<eos>", "no picture<eos>"]
+    expected = ["7 é<eos>", "they differ<eos>", "4<eos>", "no image<eos>"]
     assert [trained_text(processor, row) for row in batch["labels"]] == expected
     trained = batch["labels"] != NOT_TRAINED_ON
     assert torch.equal(batch["labels"][trained], batch["input_ids"][trained])
@@ -80,16 +80,16 @@ def test_the_answer_and_its_end_alone_are_trained_on(processor, side):
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_each_sample_reads_as_it_was_written_with_its_pictures_in_order(processor, side):
-    """Pins tokens lost where parts are joined, and pictures that go to another sample's placeholders."""
+def test_each_sample_reads_as_it_was_written_with_its_images_in_order(processor, side):
+    """Pins tokens lost where parts are joined, and images that go to another sample's placeholders."""
     samples = [
         {"prompt": "a<image>b<image>", "answer": "c", "images": [page(0), page(100)]},
         {"text": "none"},
         {"prompt": "<image>", "answer": "d", "image": page(200)},
     ]
     batch = ImageTextCollator(processor, padding_side=side)(samples)
-    picture = "<image>" * 4
-    texts = [f"a{picture}b{picture}c<eos>", "none<eos>", f"{picture}d<eos>"]
+    image = "<image>" * 4
+    texts = [f"a{image}b{image}c<eos>", "none<eos>", f"{image}d<eos>"]
     masks = batch["attention_mask"].bool()
     read = [processor.tokenizer.decode(row[mask]) for row, mask in zip(batch["input_ids"], masks, strict=True)]
     assert read == texts
@@ -105,6 +105,29 @@ def test_every_turn_of_the_assistant_is_trained_on_and_no_header(processor):
     whole = processor.apply_chat_template(CHAT, tokenize=False)
     expected = processor(images=[page(), page(9)], text=whole, return_tensors="pt")
     assert torch.equal(batch["input_ids"], expected["input_ids"])
+
+
+def test_images_inside_the_messages_are_those_of_the_sample(processor):
+    """Pins the form that data sets of conversations have, where an image stands among the words of its turn."""
+    inside = [{"role": "user", "content": [{"type": "image", "image": page()}, {"type": "text", "text": "What?"}]}]
+    inside += [CHAT[1], {"role": "user", "content": [{"type": "image", "image": page(9)}]}, CHAT[3]]
+    plain = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    plain += [CHAT[1], {"role": "user", "content": [{"type": "image"}]}, CHAT[3]]
+    collator = ImageTextCollator(processor)
+    batch, expected = collator([{"messages": inside}]), collator([{"messages": plain, "images": [page(), page(9)]}])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_prompt_and_completion_are_those_of_trl(processor):
+    """Pins TRL's names, for plain text and for messages, of which the completion's alone are trained on."""
+    collator = ImageTextCollator(processor)
+    batch = collator([{"prompt": "<image>Read:", "completion": "7", "image": page()}])
+    expected = collator([{"prompt": "<image>Read:", "answer": "7", "image": page()}])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    batch = collator([{"prompt": CHAT[:3], "completion": CHAT[3:], "images": [page(), page(9)]}])
+    assert trained_text(processor, batch["labels"][0]) == " 345<eos>"
+    with pytest.raises(TypeError, match="list under `prompt`"):
+        collator([{"prompt": CHAT[:3], "completion": "345", "images": [page(), page(9)]}])
 
 
 def test_an_end_that_is_written_already_is_not_written_twice(processor):
@@ -125,7 +148,7 @@ def test_a_tokenizer_that_begins_sequences_begins_each_sample_once(processor, te
     assert trained_text(processor, batch["labels"][0]) == "b<eos>"
 
 
-# Batches without pictures
+# Batches without images
 
 
 def loss_and_gradients(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
@@ -137,7 +160,7 @@ def loss_and_gradients(model: torch.nn.Module, batch: dict) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", ["rotary", "absolute"])
-def test_a_blank_picture_leaves_loss_and_gradients_as_they_are(processor, side, kind):
+def test_a_blank_image_leaves_loss_and_gradients_as_they_are(processor, side, kind):
     """Pins placeholders that are attended to, trained on, or push the samples to other positions."""
     absolute = GPT2Config(
         vocab_size=300,
@@ -191,17 +214,17 @@ class Stretching:
         return images
 
 
-def test_distributed_training_goes_on_through_batches_without_pictures(processor, tmp_path):
+def test_distributed_training_goes_on_through_batches_without_images(processor, tmp_path):
     """Pins the error for parameters without a gradient, and the hang where it is not even checked."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = DistributedDataParallel(tiny_llava())
-        with_pictures = [{"prompt": "<image>", "answer": "b", "image": page()}]
-        for samples in (with_pictures, [{"text": "hello"}], with_pictures):
+        with_images = [{"prompt": "<image>", "answer": "b", "image": page()}]
+        for samples in (with_images, [{"text": "hello"}], with_images):
             model(**ImageTextCollator(processor)(samples)).loss.backward()
         model(**ImageTextCollator(processor, touch_encoder=False)([{"text": "hello"}])).loss.backward()
         with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
-            model(**ImageTextCollator(processor)(with_pictures))
+            model(**ImageTextCollator(processor)(with_images))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -238,16 +261,24 @@ def test_trainer_as_it_is_trains_with_the_collator(processor, tmp_path):
 @pytest.mark.parametrize(
     ("sample", "error", "message"),
     [
-        ({"text": "<image>a"}, ValueError, r"Sample 1 .* 0 pictures .* 1 times '<image>' .* begins '<image>a<eos>'"),
-        ({"text": "a", "image": "x.png"}, ValueError, "Sample 1 .* 1 pictures .* 0 times"),
+        ({"text": "<image>a"}, ValueError, r"Sample 1 .* 0 images .* 1 times '<image>' .* begins '<image>a<eos>'"),
+        ({"text": "a", "image": "x.png"}, ValueError, "Sample 1 .* 1 images .* 0 times"),
         ({"prompt": "a", "answer": "<image>"}, ValueError, "Sample 1 .* an answer with '<image>'"),
         ({"prompt": "a"}, ValueError, r"Sample 1 .* under \['prompt'\].*remove_unused_columns=False"),
         ({}, ValueError, r"Sample 1 .* under \[\].* Its keys are \[\]"),
         ({"text": "a", "messages": CHAT}, ValueError, r"\['messages', 'text'\]"),
         ({"prompt": "a", "answer": 7}, TypeError, "Sample 1 .* int under `answer`"),
         ({"text": "a", "images": "x.png"}, TypeError, "Sample 1 .* str under `images`"),
-        ({"text": "a", "images": [], "image": "x.png"}, ValueError, "both `image` and `images`"),
-        ({"messages": CHAT[:1], "images": ["x.png"]}, ValueError, "without a turn of the role 'assistant'"),
+        ({"text": "a", "images": [], "image": "x.png"}, ValueError, "under `image` and `images`"),
+        (
+            {
+                "messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}, CHAT[1]],
+                "image": "x.png",
+            },
+            ValueError,
+            "under `image` and its messages",
+        ),
+        ({"messages": CHAT[:1], "images": ["x.png"]}, ValueError, "no message of the role 'assistant'"),
     ],
 )
 def test_a_sample_that_cannot_be_meant_is_named(processor, sample, error, message):

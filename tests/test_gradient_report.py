@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.training.gradients import GradientReport, gradient_report
+from deepseek_ocr_vision.training.gradient_report import GradientReport, gradient_report
 
 
 ENCODER = [f"sam.{name}" for name in ("patch_embed", "blocks.0", "blocks.1", "neck", "compressor")]
@@ -64,12 +64,12 @@ def one_process():
     distributed.destroy_process_group()
 
 
-def llava_inputs(labels: list[int] | None = None, *, has_picture: bool = True) -> dict[str, torch.Tensor]:
-    """A word, a picture of 2 x 2 tokens, two words; by default every word is a label."""
-    image = IMAGE_TOKEN if has_picture else 3
+def llava_inputs(labels: list[int] | None = None, *, has_image: bool = True) -> dict[str, torch.Tensor]:
+    """A word, an image of 2 x 2 tokens, two words; by default every word is a label."""
+    image = IMAGE_TOKEN if has_image else 3
     input_ids = torch.tensor([[1, *[image] * 4, 5, 6]])
     labels = torch.tensor([labels or [1, *[-100] * 4, 5, 6]])
-    return {"input_ids": input_ids, "labels": labels} | ({"pixel_values": pixels(1)} if has_picture else {})
+    return {"input_ids": input_ids, "labels": labels} | ({"pixel_values": pixels(1)} if has_image else {})
 
 
 def states(report: GradientReport) -> dict[str, str]:
@@ -249,16 +249,16 @@ def test_a_cut_behind_the_encoder_is_placed(reader):
     assert [row.is_unreached for row in report.rows] == [True] * 8 + [False]
     problem = only_problem(report)
     assert "cut between `encoder.clip.layers.1` and `head`" in problem
-    assert "or the batch has no pictures" in problem
+    assert "or the batch has no images" in problem
 
 
 def test_a_cut_within_the_encoder_is_placed(reader):
-    """Pins the place, between two layers, and that the pictures are not suspected there."""
+    """Pins the place, between two layers, and that the images are not suspected there."""
     reader.encoder.sam_model.blocks[1].register_forward_hook(lambda module, inputs, output: output.detach())
     problem = only_problem(gradient_report(reader, reader(pixels())))
     assert "`encoder.sam.patch_embed` to `encoder.sam.blocks.1` (3 groups) get no gradient" in problem
     assert "cut between `encoder.sam.blocks.1` and `encoder.sam.neck`" in problem
-    assert "pictures" not in problem
+    assert "images" not in problem
 
 
 def test_a_cut_is_placed_over_frozen_groups(reader):
@@ -268,11 +268,11 @@ def test_a_cut_is_placed_over_frozen_groups(reader):
     assert "between `encoder.sam.blocks.1` and `head`" in only_problem(gradient_report(reader, reader(pixels())))
 
 
-def test_a_batch_without_pictures_is_told_from_a_cut(llava):
+def test_a_batch_without_images_is_told_from_a_cut(llava):
     """Pins text alone, which leaves the projector without a gradient, too."""
-    problem = only_problem(gradient_report(llava, llava(**llava_inputs(has_picture=False)).loss))
+    problem = only_problem(gradient_report(llava, llava(**llava_inputs(has_image=False)).loss))
     assert "to `model.multi_modal_projector` (9 groups) get no gradient" in problem
-    assert "the batch has no pictures" in problem
+    assert "the batch has no images" in problem
     assert "cut between" not in problem
 
 
@@ -300,8 +300,8 @@ def test_a_batch_whose_labels_are_all_ignored_is_recognised(llava):
     assert "Every gradient is zero" in about_gradients
 
 
-def test_labels_in_front_of_the_picture_leave_the_encoder_with_zeros(llava):
-    """Pins causal attention: text cannot depend on a picture that comes after it."""
+def test_labels_in_front_of_the_image_leave_the_encoder_with_zeros(llava):
+    """Pins causal attention: text cannot depend on an image that comes after it."""
     batch = llava_inputs()
     order = torch.tensor([0, 5, 6, 1, 2, 3, 4])
     batch |= {"input_ids": batch["input_ids"][:, order], "labels": batch["labels"][:, order]}
@@ -309,7 +309,7 @@ def test_labels_in_front_of_the_picture_leave_the_encoder_with_zeros(llava):
     assert (
         "The gradient of `model.vision_tower.sam.patch_embed` to `model.multi_modal_projector` (9 groups)" in problem
     )
-    assert "does not depend on the pictures" in problem
+    assert "does not depend on the images" in problem
 
 
 def test_a_dead_part_is_named(reader):

@@ -12,7 +12,7 @@ from packaging import version
 from training_job import Job, needs_fsdp_on_cpu, result_of, tensors_of
 from transformers.trainer_utils import get_last_checkpoint
 
-from deepseek_ocr_vision.training.checkpoints import last_complete_checkpoint, why_incomplete
+from deepseek_ocr_vision.training.resuming import last_complete_checkpoint, why_incomplete
 
 
 KILLED = -signal.SIGKILL

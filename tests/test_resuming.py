@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint, load_sharded_checkpo
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.composites import build_model, build_processor
-from deepseek_ocr_vision.training.checkpoints import (
+from deepseek_ocr_vision.training.resuming import (
     last_complete_checkpoint,
     load_weights,
     make_resumable,

@@ -189,7 +189,7 @@ def test_a_loss_of_ones_own_has_a_pixel_gradient(tiny_model):
 
 
 def test_the_model_stays_as_it_is(view):
-    """Pins a picture drawn between two steps of training that adds to gradients or ends in evaluation mode."""
+    """Pins an image drawn between two steps of training that adds to gradients or ends in evaluation mode."""
     model = view.model
     model.train()
     model.sam_model.eval()
@@ -223,7 +223,7 @@ def test_gradient_checkpointing_frozen_weights_and_no_grad_change_nothing(tiny_m
         assert relative_error(gradient, expected) < TOLERANCE[torch.float32]
 
 
-def test_bfloat16_gives_the_same_pictures_to_its_precision(view, image_processor):
+def test_bfloat16_gives_the_same_images_to_its_precision(view, image_processor):
     """Pins numpy, which knows no bfloat16, and a norm's gradient rounded twice."""
     half = view_page(view.model.to(torch.bfloat16), view.page, image_processor=image_processor)
     assert half.tokens.dtype == torch.float32
@@ -260,9 +260,9 @@ def test_what_is_in_a_corner_of_the_page_is_drawn_in_that_corner(tiny_model, siz
     page = marked_page(size, corner)
     view = view_page(tiny_model, page, image_processor=image_processor)
     gradient = view.pixel_gradient(lambda tokens: tokens.square().sum(), times_input=True)
-    picture = np.asarray(gradient.picture(alpha=1.0), dtype=np.float32).sum(-1)
-    assert picture.shape == size[::-1]
-    bright, mark = picture > picture.max() / 2, mark_of(page)
+    image = np.asarray(gradient.picture(alpha=1.0), dtype=np.float32).sum(-1)
+    assert image.shape == size[::-1]
+    bright, mark = image > image.max() / 2, mark_of(page)
     assert bright.sum() > 20
     assert bright[mark].sum() > 0.8 * bright.sum()
 
@@ -300,9 +300,9 @@ def test_a_tokens_square_is_drawn_where_its_box_is(tiny_model):
         similarity = view.similarity((0, 0))
         similarity.values[:] = 0
         similarity.values[token] = 1
-        picture = np.asarray(similarity.picture(alpha=1.0, limits=(0, 1)))
+        image = np.asarray(similarity.picture(alpha=1.0, limits=(0, 1)))
         left, top, right, bottom = map(round, view.box(token))
-        is_yellow = picture[..., 0] > 200
+        is_yellow = image[..., 0] > 200
         assert is_yellow[top:bottom, left:right].all()
         assert is_yellow.sum() == (bottom - top) * (right - left)
 
@@ -346,7 +346,7 @@ def test_alpha_goes_from_the_page_to_the_colours(view):
         (lambda view: view.pixel_gradient(lambda tokens: 1.0), TypeError, "returned a float"),
         (lambda view: view.pixel_gradient(lambda tokens: tokens.detach().sum()), ValueError, "does not depend"),
         (lambda view: view.pca().picture(alpha=2), ValueError, "`alpha` is 2"),
-        (lambda view: view.pca().save("picture.txt"), ValueError, "no picture format"),
+        (lambda view: view.pca().save("image.txt"), ValueError, "no image format"),
         (lambda view: view.token_at(300, 0), ValueError, "300 pixels wide"),
         (lambda view: view_page(nn.Linear(2, 2), view.page), TypeError, "got a Linear"),
         (lambda view: view_page(view.model, [view.page]), TypeError, "image is of type list"),
@@ -368,7 +368,7 @@ def test_without_matplotlib_the_colours_of_pca_are_there_and_others_say_what_to_
 
 
 def test_weights_that_are_no_numbers_are_told(tiny_model):
-    """Pins an empty picture after a training that diverged."""
+    """Pins an empty image after a training that diverged."""
     tiny_model.sam_model.pos_embed.data[:] = float("nan")
     with pytest.raises(ValueError, match="tokens hold NaN"):
         view_page(tiny_model, marked_page(WIDE, "top left"))
@@ -406,7 +406,7 @@ def test_show_says_what_is_wrong_before_it_writes(tmp_path, checkpoint, capsys, 
         (["page.png", "missing.png", *model], "missing.png"),
         (["page.png", *model, "--token", "9,0"], "rows go from 0 to 3"),
         (["page.png", *model, "--layer", "7"], "`layer` is 7"),
-        (["page.png", *model, "--out", "sheet.txt"], "no picture format"),
+        (["page.png", *model, "--out", "sheet.txt"], "no image format"),
         (["page.png", "other/page.png", *model], "page-sheet.png twice"),
         (["page.png", "page.png", *model, "--out", "page.png"], "page.png is a file; 2 pages need a folder"),
         (["page.png", "--model", "other"], "other"),
@@ -427,8 +427,8 @@ def test_show_says_what_is_wrong_before_it_writes(tmp_path, checkpoint, capsys, 
 def test_numbers_that_are_all_equal_are_drawn_as_the_lowest(view):
     """Pins 0 / 0, which is drawn in no colour at all: a number that no pixel changes."""
     gradient = view.pixel_gradient(lambda tokens: (tokens * 0).sum())
-    picture = np.asarray(gradient.picture(alpha=1.0)).reshape(-1, 3)
-    assert np.array_equal(np.unique(picture, axis=0), [matplotlib.colormaps["magma"](0.0, bytes=True)[:3]])
+    image = np.asarray(gradient.picture(alpha=1.0)).reshape(-1, 3)
+    assert np.array_equal(np.unique(image, axis=0), [matplotlib.colormaps["magma"](0.0, bytes=True)[:3]])
 
 
 def test_the_sheet_of_an_empty_and_very_high_page_is_drawn(tiny_model):
@@ -440,7 +440,7 @@ def test_the_sheet_of_an_empty_and_very_high_page_is_drawn(tiny_model):
 
 
 def test_the_example_trains_and_draws(tmp_path):
-    """Pins the script behind the pictures of docs/seeing.md, on small pages."""
+    """Pins the script behind the images of docs/seeing.md, on small pages."""
     command = [sys.executable, str(ROOT / "examples" / "seeing.py"), "--max_steps", "1", "--page_size", "256"]
     subprocess.run([*command, "--output_dir", str(tmp_path)], check=True, capture_output=True)
     assert {"encoder", "page.png", "sheet.png", "next.png"} <= {path.name for path in tmp_path.iterdir()}

@@ -30,8 +30,8 @@ from helpers import pixels, tiny_config  # noqa: E402
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel  # noqa: E402
 from deepseek_ocr_vision.composites import IMAGE_TOKEN, build_model, build_processor  # noqa: E402
-from deepseek_ocr_vision.training.checkpoints import resume  # noqa: E402
 from deepseek_ocr_vision.training.collator import ImageTextCollator  # noqa: E402
+from deepseek_ocr_vision.training.resuming import resume  # noqa: E402
 
 
 TIME_LIMIT = 120
@@ -41,7 +41,7 @@ TIME_LIMIT = 120
 NUM_SAMPLES = 12
 
 PRELOADED = [
-    *("deepseek_ocr_vision.training.checkpoints", "transformers.trainer", "torch.distributed.fsdp"),
+    *("deepseek_ocr_vision.training.resuming", "transformers.trainer", "torch.distributed.fsdp"),
     *("transformers.models.llava", "transformers.models.llama.modeling_llama"),
 ]
 """What takes longest to import, and can be found without a path to the tests."""

@@ -1,18 +1,18 @@
 """What people train the encoder with, beside transformers' `Trainer`."""
 
 from deepseek_ocr_vision.training.adapters import LORA_TARGETS
-from deepseek_ocr_vision.training.checkpoints import (
+from deepseek_ocr_vision.training.collator import ImageTextCollator
+from deepseek_ocr_vision.training.features import precompute_features
+from deepseek_ocr_vision.training.gradient_report import GradientReport, gradient_report
+from deepseek_ocr_vision.training.optimization import layer_decay_groups
+from deepseek_ocr_vision.training.precomputed import FeatureCollator, precomputed_features
+from deepseek_ocr_vision.training.resuming import (
     last_complete_checkpoint,
     load_weights,
     make_resumable,
     resume,
     why_incomplete,
 )
-from deepseek_ocr_vision.training.collator import ImageTextCollator
-from deepseek_ocr_vision.training.features import precompute_features
-from deepseek_ocr_vision.training.gradients import GradientReport, gradient_report
-from deepseek_ocr_vision.training.optimization import layer_decay_groups
-from deepseek_ocr_vision.training.precomputed import FeatureCollator, precomputed_features
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Batches of pictures and text for transformers' `Trainer`, made by the processor of a LLaVA.
+"""Batches of images and text for transformers' `Trainer`, made by the processor of a LLaVA.
 
 Letters in the shapes: B samples, L tokens of the longest one.
 """
@@ -22,7 +22,7 @@ PaddingSide = Literal["right", "left"]
 NOT_TRAINED_ON = -100
 """The label that cross entropy passes over."""
 
-_FORMS = ({"messages"}, {"prompt", "answer"}, {"text"})
+_FORMS = ({"messages"}, {"prompt", "answer"}, {"prompt", "completion"}, {"text"})
 
 
 class Part(NamedTuple):
@@ -33,36 +33,38 @@ class Part(NamedTuple):
 
 
 class ImageTextCollator:
-    """Turns samples of pictures and text into the batches that a LLaVA is trained on.
+    """Turns samples of images and text into the batches that a LLaVA is trained on.
 
-    A sample is a dictionary, such as a row of a data set. Its text comes in one of three forms:
+    A sample is a dictionary, such as a row of a data set. Its text comes in one of these forms:
 
-    - `prompt` and `answer`: the answer is trained on, with the tokenizer's end of sequence after it;
+    - `prompt` and `answer`, or `prompt` and `completion` as TRL has it: the answer is trained on, with the tokenizer's
+      end of sequence after it. With `completion` both may be lists of messages; the completion's are trained on;
     - `messages`: a conversation, written out by the processor's chat template. Every turn of the assistant is trained
       on, as far as the template writes it after the header of such a turn;
-    - `text`: what follows the last picture is trained on, all of it where there is no picture, with the end of
-      sequence after it.
+    - `text`: what follows the last image is trained on, all of it where there is no image, with the end of sequence
+      after it.
 
-    Its pictures are a list under `images`, or one under `image`, in any form that the image processor takes. Both may
-    be missing. The text holds the processor's image token, such as `<image>`, once for each of them. `None` counts as
-    missing, as tables have it where rows differ.
+    Its images are a list under `images`, one under `image`, or inside the messages as
+    `{"type": "image", "image": ...}`, in any form that the image processor takes. All may be missing. The text holds
+    the processor's image token, such as `<image>`, once for each of them. `None` counts as missing, as tables have it
+    where rows differ.
 
     Prompts and answers are tokenised apart, so that a prompt has the tokens that `generate` is given. `Trainer` needs
-    `remove_unused_columns=False` in its arguments, or it drops the pictures.
+    `remove_unused_columns=False` in its arguments, or it drops the images.
 
     Args:
         processor: A `LlavaProcessor`, or another one that is called with `images` and `text`, has an `image_token`,
             and gives `input_ids` and `attention_mask`.
         padding_side: Where shorter samples are filled up. Causal language models train the same either way.
-        touch_encoder: Whether a batch without any picture gets a blank one, of a single token with this package's
+        touch_encoder: Whether a batch without any image gets a blank one, of a single token with this package's
             image processor, whose placeholders stand behind the samples, masked like padding. Loss and gradients stay
             the same, and every parameter of encoder and projector gets a gradient, of zeros. Processes that train
-            together need that: where one has pictures and another has none, they wait for each other or stop. If
+            together need that: where one has images and another has none, they wait for each other or stop. If
             false, such batches hold no `pixel_values`, and the optimizer leaves encoder and projector alone then; with
             zeros AdamW still follows its momentum and its weight decay.
 
     Raises:
-        TypeError: The processor is none for pictures and text.
+        TypeError: The processor is none for images and text.
         ValueError: `padding_side` is not known, or the tokenizer has no token for padding or the end of a sequence.
     """
 
@@ -88,25 +90,25 @@ class ImageTextCollator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, integers [B, L], and what the image processor gives, such as
-            `pixel_values` [P, 3, H, W] for P pictures, in the order of the samples. Labels are -100 wherever nothing
+            `pixel_values` [P, 3, H, W] for P images, in the order of the samples. Labels are -100 wherever nothing
             is trained on: prompts, image tokens, padding.
 
         Raises:
             TypeError: A text is no string.
-            ValueError: A sample's text has none of the three forms or more than one, does not hold as many image
-                tokens as there are pictures, or holds one in an answer; the message names the sample.
+            ValueError: A sample's text has none of the forms or more than one, does not hold as many image tokens as
+                there are images, or holds one in an answer; the message names the sample.
         """
         conversations, images = [], []
         for index, sample in enumerate(samples):
             name = f"Sample {index} of the batch"
-            parts, pictures = self._parts(sample, name), _pictures(sample, name)
-            self._check_image_tokens(parts, len(pictures), name)
+            parts, of_sample = self._parts(sample, name), _images(sample, name)
+            self._check_image_tokens(parts, len(of_sample), name)
             conversations.append(parts)
-            images.extend(pictures)
+            images.extend(of_sample)
         token_ids, image_inputs = self._encode([part.text for parts in conversations for part in parts], images)
         batch = self._padded(conversations, token_ids)
         if not images and self.touch_encoder:
-            batch, image_inputs = self._with_blank_picture(batch)
+            batch, image_inputs = self._with_blank_image(batch)
         return batch | image_inputs
 
     # Samples to parts
@@ -116,37 +118,43 @@ class ImageTextCollator:
         form = {key for key in set().union(*_FORMS) if sample.get(key) is not None}
         if form not in _FORMS:
             raise ValueError(
-                f"{name} has text under {sorted(form)}; it has to be `messages` alone, `prompt` with `answer`, or "
-                f"`text` alone. Its keys are {sorted(sample)}. `Trainer` drops columns that the model does not know, "
-                "unless its arguments have `remove_unused_columns=False`."
+                f"{name} has text under {sorted(form)}; it has to be `messages` alone, `prompt` with `answer` or "
+                f"`completion`, or `text` alone. Its keys are {sorted(sample)}. `Trainer` drops columns that the "
+                "model does not know, unless its arguments have `remove_unused_columns=False`."
             )
         if form == {"messages"}:
             return self._conversation(sample["messages"], name)
+        if form == {"prompt", "completion"} and all(isinstance(sample[key], list | tuple) for key in form):
+            prompt = sample["prompt"]
+            return self._conversation([*prompt, *sample["completion"]], name, first_trained=len(prompt))
         for key in form:
             if not isinstance(sample[key], str):
                 raise TypeError(f"{name} has a {type(sample[key]).__name__} under `{key}`; it has to be a string.")
         if form == {"text"}:
             before, image_token, after = sample["text"].rpartition(self.processor.image_token)
             return [Part(before + image_token, False), Part(self._ended(after), True)]
-        return [Part(sample["prompt"], False), Part(self._ended(sample["answer"]), True)]
+        (answer,) = form - {"prompt"}
+        return [Part(sample["prompt"], False), Part(self._ended(sample[answer]), True)]
 
     def _ended(self, answer: str) -> str:
         """An answer with the end of the sequence after it."""
         end = self.processor.tokenizer.eos_token
         return answer if answer.endswith(end) else answer + end
 
-    def _conversation(self, messages: list[dict], name: str) -> list[Part]:
+    def _conversation(self, messages: Sequence[Mapping[str, Any]], name: str, *, first_trained: int = 0) -> list[Part]:
         """A conversation as the chat template writes it: the assistant's turns, and what comes before each."""
+        messages = [_without_images(message) for message in messages]
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [turn for turn in turns if turn >= first_trained]
         if not turns:
-            raise ValueError(f"{name} has `messages` without a turn of the role 'assistant', so nothing to train on.")
+            raise ValueError(f"{name} has no message of the role 'assistant' to train on.")
         parts, written = [], ""
         for turn in turns:
             prompt = self._rendered(messages[:turn], add_generation_prompt=True)
             answered = self._rendered(messages[: turn + 1])
             if not (prompt.startswith(written) and answered.startswith(prompt)):
                 raise ValueError(
-                    f"{name} has `messages` whose earlier turns the chat template writes otherwise once there are "
+                    f"{name} has messages whose earlier turns the chat template writes otherwise once there are "
                     "later ones, so that answers cannot be told from prompts. Give it as `prompt` and `answer`."
                 )
             parts += [Part(prompt[len(written) :], False), Part(answered[len(prompt) :], True)]
@@ -156,16 +164,16 @@ class ImageTextCollator:
     def _rendered(self, messages: list[dict], **options) -> str:
         return self.processor.apply_chat_template(messages, tokenize=False, **options) if messages else ""
 
-    def _check_image_tokens(self, parts: list[Part], num_pictures: int, name: str) -> None:
+    def _check_image_tokens(self, parts: list[Part], num_images: int, name: str) -> None:
         image_token = self.processor.image_token
         for part in parts:
             if part.is_answer and image_token in part.text:
                 raise ValueError(f"{name} has an answer with {image_token!r} in it: {part.text!r}.")
         num_tokens = sum(part.text.count(image_token) for part in parts)
-        if num_tokens != num_pictures:
+        if num_tokens != num_images:
             beginning = "".join(part.text for part in parts)[:80]
             raise ValueError(
-                f"{name} has {num_pictures} pictures under `images` or `image`, and {num_tokens} times "
+                f"{name} has {num_images} images (under `images`, `image` or in its messages) and {num_tokens} times "
                 f"{image_token!r} in its text, which begins {beginning!r}."
             )
 
@@ -174,7 +182,7 @@ class ImageTextCollator:
     def _encode(
         self, texts: list[str], images: list[Any], **options
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """Each text's token ids, image tokens expanded, and what the image processor makes of the pictures."""
+        """Each text's token ids, image tokens expanded, and what the image processor makes of the images."""
         encoded = self.processor(
             images=images or None,
             text=texts,
@@ -217,10 +225,10 @@ class ImageTextCollator:
         plain, special = (tokenizer("0", add_special_tokens=wanted)["input_ids"] for wanted in (False, True))
         return torch.tensor(special[: special.index(plain[0])], dtype=torch.long)
 
-    def _with_blank_picture(
+    def _with_blank_image(
         self, batch: dict[str, torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The batch with a picture that nothing attends to, its placeholders in new columns at the end.
+        """The batch with an image that nothing attends to, its placeholders in new columns at the end.
 
         At the end and not on the side of the padding, so that no token's position changes.
         """
@@ -240,13 +248,34 @@ class ImageTextCollator:
         return {name: torch.cat([batch[name], columns[name]], dim=1) for name in batch}, image_inputs
 
 
-def _pictures(sample: Mapping[str, Any], name: str) -> list[Any]:
-    """A sample's pictures."""
-    image, images = sample.get("image"), sample.get("images")
-    if image is not None and images is not None:
-        raise ValueError(f"{name} has pictures under both `image` and `images`; give one of them.")
-    if image is not None:
-        return [image]
-    if images is not None and not isinstance(images, list | tuple):
+def _images(sample: Mapping[str, Any], name: str) -> list[Any]:
+    """A sample's images."""
+    messages = [message for key in ("messages", "prompt", "completion") for message in _messages(sample.get(key))]
+    inside = [part["image"] for message in messages for part in _image_parts(message) if part.get("image") is not None]
+    places = {"`image`": sample.get("image"), "`images`": sample.get("images"), "its messages": inside or None}
+    found = {place: images for place, images in places.items() if images is not None}
+    if len(found) > 1:
+        raise ValueError(f"{name} has images under {' and '.join(found)}; give them in one place.")
+    images = next(iter(found.values()), [])
+    if "`image`" in found:
+        return [images]
+    if not isinstance(images, list | tuple):
         raise TypeError(f"{name} has a {type(images).__name__} under `images`; it has to be a list.")
-    return list(images or [])
+    return list(images)
+
+
+def _messages(value: Any) -> Sequence[Mapping[str, Any]]:
+    return value if isinstance(value, list | tuple) else []
+
+
+def _image_parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = message.get("content")
+    return [part for part in content if part.get("type") == "image"] if isinstance(content, list | tuple) else []
+
+
+def _without_images(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message for a chat template, which writes a placeholder for an image, whatever it is."""
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        content = [{"type": "image"} if part.get("type") == "image" else part for part in content]
+    return {**message, "content": content}

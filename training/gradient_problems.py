@@ -81,7 +81,7 @@ def _loss_problems(rows: list[GradientRow], loss: torch.Tensor | None) -> Iterat
 def _why_not_finite(rows: list[GradientRow]) -> str:
     if _are_all_zero(rows):
         return "the cross entropy of a batch in which every label is -100 is so, and its gradients are zero."
-    return "the forward pass has left the range of its numbers, or weights or pictures are not finite to begin with."
+    return "the forward pass has left the range of its numbers, or weights or images are not finite to begin with."
 
 
 def _are_all_zero(rows: list[GradientRow]) -> bool:
@@ -143,14 +143,12 @@ def _cut(rows: list[GradientRow], run: list[GradientRow], following: GradientRow
     get, them = ("gets", "it") if len(run) == 1 else ("get", "them")
     begin = f"{_groups(run)} {get} no gradient, though `{following.name}` after {them} does:"
     if _holds_encoder(rows, run) and run[-1].encoder is None:
-        # What reads the tokens gets none either, so nothing of the pictures is in the loss.
-        return (
-            f"{begin} the batch has no pictures, or what becomes of their tokens is detached behind `{run[-1].name}`."
-        )
-    pictures = ", or the batch has no pictures" if _holds_encoder(rows, run) else ""
+        # What reads the tokens gets none either, so nothing of the images is in the loss.
+        return f"{begin} the batch has no images, or what becomes of their tokens is detached behind `{run[-1].name}`."
+    images = ", or the batch has no images" if _holds_encoder(rows, run) else ""
     return (
         f"{begin} the path is cut between `{run[-1].name}` and `{following.name}`. There is `torch.no_grad()`, "
-        f"`detach()` or a detour through numpy{pictures}."
+        f"`detach()` or a detour through numpy{images}."
     )
 
 
@@ -189,7 +187,7 @@ def _zero_problems(rows: list[GradientRow], parameters: Parameters) -> Iterator[
             continue
         if _holds_encoder(rows, run):
             why = (
-                "the loss does not depend on the pictures. There are none in the batch, the attention mask hides "
+                "the loss does not depend on the images. There are none in the batch, the attention mask hides "
                 "their tokens, or all labels stand in front of them"
             )
         else:

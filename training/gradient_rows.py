@@ -74,7 +74,7 @@ class LayerGroup:
 
 
 def layer_groups(model: nn.Module) -> list[LayerGroup]:
-    """All parameters in groups, each in the first that has it; encoders first, as pictures come first."""
+    """All parameters in groups, each in the first that has it; encoders first, as images come first."""
     model = _unwrapped(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = []

@@ -1,4 +1,4 @@
-"""Seeing what an encoder sees: pictures over the page, made of its tokens, its attention and its gradients."""
+"""Seeing what an encoder sees: images over the page, made of its tokens, its attention and its gradients."""
 
 from deepseek_ocr_vision.visualize.maps import (
     attention_from,

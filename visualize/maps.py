@@ -179,7 +179,7 @@ def strength(gradient: torch.Tensor, pixel_values: torch.Tensor | None = None) -
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode, and back into the mode that it was in.
 
-    An adapter's dropout would draw a new picture each time, and reentrant gradient checkpointing, which is for
+    An adapter's dropout would draw a new image each time, and reentrant gradient checkpointing, which is for
     training alone, refuses to differentiate with respect to pixels.
     """
     modes = {module: module.training for module in model.modules()}
@@ -228,7 +228,7 @@ def _noisy_copies(pixel_values: torch.Tensor, number: int, noise: float, seed: i
 
 
 def _gradient(model: Any, pixel_values: torch.Tensor, target: Target) -> torch.Tensor:  # [3, h, w] -> [3, h, w]
-    # Whoever draws pictures is often under `no_grad` or `inference_mode`; the gradient is wanted even so.
+    # Whoever draws images is often under `no_grad` or `inference_mode`; the gradient is wanted even so.
     with torch.inference_mode(False), torch.enable_grad():
         pixels = pixel_values.detach().clone().requires_grad_()
         tokens = model(pixel_values=pixels[None], return_dict=True).last_hidden_state[0]  # [N, C]

@@ -1,4 +1,4 @@
-"""One page as an encoder sees it: a single forward pass, and the pictures that are made of it."""
+"""One page as an encoder sees it: a single forward pass, and the images that are made of it."""
 
 import os
 import tempfile
@@ -65,10 +65,10 @@ class PageMap:
 
         Args:
             alpha: How much the colours take of the page's place, from 0, the page in grey, to 1, nothing of it.
-            limits: Other ends of the colours than `self.limits`, such as those of a picture to compare with.
+            limits: Other ends of the colours than `self.limits`, such as those of an image to compare with.
 
         Returns:
-            A picture in RGB, as large as the page. A token is a rectangle of one colour; numbers one a pixel are
+            An image in RGB, as large as the page. A token is a rectangle of one colour; numbers one a pixel are
             interpolated where the page is of another size than what the encoder read.
 
         Raises:
@@ -80,19 +80,19 @@ class PageMap:
             raise ValueError(f"`alpha` is {alpha!r}; it has to be between 0 and 1.")
         colors = self._colors(self.limits if limits is None else limits)
         page = self.view.page.convert("L").convert("RGB")
-        picture = Image.blend(page, self._over_page(colors), alpha)
+        image = Image.blend(page, self._over_page(colors), alpha)
         if self.token is not None:
-            draw_frame(picture, self.view.box(self.token))
-        return picture
+            draw_frame(image, self.view.box(self.token))
+        return image
 
     def save(self, path: str | os.PathLike, **options: Any) -> None:
-        """Write the picture to a file, in one step; its suffix says in which format.
+        """Write the image to a file, in one step; its suffix says in which format.
 
         Args:
             path: Such as `"similarity.png"`. What is there is replaced.
             options: As `picture` takes them.
         """
-        save_picture(self.picture(**options), path)
+        save_image(self.picture(**options), path)
 
     def _colors(self, limits: tuple[float, float]) -> np.ndarray:
         """The numbers as colours, uint8 [H, W, 3]."""
@@ -268,19 +268,19 @@ class PageView:
 
 
 def view_page(model: Any, image: Any, *, image_processor: Any = None) -> PageView:
-    """Show an encoder a page, once, and keep what its pictures are made of.
+    """Show an encoder a page, once, and keep what its images are made of.
 
     Args:
         model: A `DeepSeekOCRVisionModel`, in any mode, dtype and on any device. It stays as it is.
-        image: One picture: a path, a PIL image, an array or a tensor.
+        image: One image: a path, a PIL image, an array or a tensor.
         image_processor: What prepares it, as for `model.encode`: by default the one saved with the checkpoint or, for
             a model that has none, the preset that belongs to its feature mode at `config.image_size`. Where it cuts
             a page into tiles as well, the view of the whole page is what is shown.
 
     Raises:
-        TypeError: `model` is something else, or `image` is no picture.
-        ValueError: The picture cannot be read as it stands, or the tokens are not finite.
-        OSError: A file that is missing, truncated or no picture.
+        TypeError: `model` is something else, or `image` is no image.
+        ValueError: The image cannot be read as it stands, or the tokens are not finite.
+        OSError: A file that is missing, truncated or no image.
     """
     if getattr(getattr(model, "config", None), "model_type", None) != DeepSeekOCRVisionConfig.model_type:
         raise TypeError(f"`model` has to be a DeepSeekOCRVisionModel, got a {type(model).__name__}.")
@@ -308,46 +308,46 @@ def colormap(name: Colormap) -> Any:
     try:
         from matplotlib import colormaps
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'deepseek-ocr-vision[train]'") from error
+        raise ImportError("Images need matplotlib: pip install 'deepseek-ocr-vision[train]'") from error
     return colormaps[name]
 
 
-def draw_frame(picture: Image.Image, box: Box) -> None:
-    """Draw a frame around a box, white on its outside, so that it shows on any picture."""
+def draw_frame(image: Image.Image, box: Box) -> None:
+    """Draw a frame around a box, white on its outside, so that it shows on any image."""
     left, top, right, bottom = map(round, box)
     if right <= left or bottom <= top:
         return
-    line = max(1, round(max(picture.size) / 300))
-    draw = ImageDraw.Draw(picture)
+    line = max(1, round(max(image.size) / 300))
+    draw = ImageDraw.Draw(image)
     for outset, color in ((2 * line, "white"), (line, FRAME)):
         corners = (left - outset, top - outset, right - 1 + outset, bottom - 1 + outset)
         draw.rectangle(corners, outline=color, width=line)
 
 
-def require_picture_suffix(path: str | os.PathLike) -> None:
-    """Make sure that a file's name says which format a picture is written in.
+def require_image_suffix(path: str | os.PathLike) -> None:
+    """Make sure that a file's name says which format an image is written in.
 
     Raises:
         ValueError: It does not.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in Image.registered_extensions():
-        raise ValueError(f"{os.fspath(path)} ends in {suffix!r}, which is no picture format; take '.png'.")
+        raise ValueError(f"{os.fspath(path)} ends in {suffix!r}, which is no image format; take '.png'.")
 
 
-def save_picture(picture: Image.Image, path: str | os.PathLike) -> None:
-    """Write a picture in one step: what was at `path` stays until the new one is whole.
+def save_image(image: Image.Image, path: str | os.PathLike) -> None:
+    """Write an image in one step: what was at `path` stays until the new one is whole.
 
     Raises:
-        ValueError: The path's suffix is of no picture format.
+        ValueError: The path's suffix is of no image format.
         OSError: It cannot be written.
     """
-    require_picture_suffix(path)
+    require_image_suffix(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
         partial = Path(folder) / path.name
-        picture.save(partial)
+        image.save(partial)
         os.replace(partial, path)
 
 

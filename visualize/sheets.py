@@ -29,7 +29,7 @@ def draw_sheet(
         title: What is written on top; by default the size of the page and the number of tokens.
 
     Returns:
-        A picture in RGB, some 1400 pixels wide.
+        An image in RGB, some 1400 pixels wide.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -41,13 +41,13 @@ def draw_sheet(
     attention = view.attention(token, layer=layer)
     maps = [view.pca(), view.similarity(token), attention, view.pixel_gradient(token)]
     scaled = _scaled(view)
-    pictures = [replace(one, view=scaled).picture() for one in maps]
+    images = [replace(one, view=scaled).picture() for one in maps]
     page = scaled.page.copy()
     draw_frame(page, scaled.box(token))
     row, column = token
     panels = [(page, f"the page, and the token in row {row}, column {column}", None)]
-    panels += [(picture, one.title, one) for picture, one in zip(pictures, maps, strict=True)]
-    panels.append((pictures[-1].crop(_close_up(scaled, token)), "the same from near by", maps[-1]))
+    panels += [(image, one.title, one) for image, one in zip(images, maps, strict=True)]
+    panels.append((images[-1].crop(_close_up(scaled, token)), "the same from near by", maps[-1]))
     return _drawn(panels, title or _default_title(view), height_to_width=page.height / page.width)
 
 
@@ -77,34 +77,34 @@ def _default_title(view: PageView) -> str:
 def _drawn(
     panels: list[tuple[Image.Image, str, PageMap | None]], title: str, *, height_to_width: float
 ) -> Image.Image:
-    """Panels in two rows of three, each a picture, its title and the map whose colours need a scale."""
+    """Panels in two rows of three, each an image, its title and the map whose colours need a scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     height = float(np.clip(PANEL_WIDTH * height_to_width, *PANEL_HEIGHTS)) + TITLE_HEIGHT
     size = (3 * (PANEL_WIDTH + SCALE_WIDTH), 2 * height + TITLE_HEIGHT)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
-    for axes, (picture, caption, shown) in zip(figure.subplots(2, 3).flat, panels, strict=True):
-        axes.imshow(picture)
+    for axes, (image, caption, shown) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        axes.imshow(image)
         axes.set(xticks=[], yticks=[])
         axes.set_title(caption, fontsize=10)
         axes.spines[:].set_color("#bbbbbb")
         if shown is not None and shown.values.ndim == 2:
-            _draw_scale(figure, axes, shown, picture)
+            _draw_scale(figure, axes, shown, image)
     figure.suptitle(title)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _draw_scale(figure: Any, axes: Any, shown: PageMap, picture: Image.Image) -> None:
+def _draw_scale(figure: Any, axes: Any, shown: PageMap, image: Image.Image) -> None:
     """Draw which number has which colour, as pale as over white paper."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     scale = ScalarMappable(Normalize(*shown.limits), colormap(shown.colormap))
-    # Length to width of a bar that is as high as the picture beside it.
-    aspect = 20 * picture.height / picture.width
+    # Length to width of a bar that is as high as the image beside it.
+    aspect = 20 * image.height / image.width
     bar = figure.colorbar(scale, ax=axes, alpha=shown.alpha, fraction=0.046, pad=0.02, aspect=aspect)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8)

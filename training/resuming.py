@@ -11,7 +11,6 @@ import functools
 import json
 import logging
 import os
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +34,11 @@ STATE_FILE = "trainer_state.json"
 """What `Trainer` writes last."""
 
 _PREFIX = "checkpoint-"
+_CONVERTED_BY = {
+    "FSDP's sharded state dict": "accelerate merge-weights {0}/pytorch_model_fsdp_0 {0}",
+    "DeepSpeed's": "python {0}/zero_to_fp32.py {0} {0} --safe_serialization",
+}
+"""What accelerate and DeepSpeed make files for one process with."""
 _ARCHIVES = ("optimizer*.bin", "pytorch_model*.bin", "adapter_model.bin", "training_args.bin")
 
 
@@ -167,8 +171,8 @@ def _weights_in(folder: Path) -> str | None:
         "adapter": ("adapter_model.safetensors", "adapter_model.bin", "*/adapter_model.safetensors"),
         "fsdp": ("pytorch_model_fsdp.bin",),
         # PyTorch writes this file once all processes have written their shards.
-        "fsdp_sharded": ("pytorch_model_fsdp_0/.metadata",),
-        "deepspeed": ("latest",),
+        "FSDP's sharded state dict": ("pytorch_model_fsdp_0/.metadata",),
+        "DeepSpeed's": ("latest",),
     }
     return next((form for form, names in forms.items() if any(any(folder.glob(name)) for name in names)), None)
 
@@ -264,19 +268,19 @@ def _listed(names: list[str], most: int = 10) -> str:
 
 
 def load_weights(model: nn.Module, checkpoint: str | os.PathLike) -> None:
-    """Load the weights of a checkpoint that `Trainer` wrote, whatever ran it, into a model in one process.
+    """Load the weights of a checkpoint that `Trainer` wrote into a model in one process.
 
-    Takes what `save_pretrained` writes, in one file or several; what FSDP writes, as a full or as a sharded state
-    dict; an adapter, where the model is one of peft's; and, if deepspeed is installed, what DeepSpeed writes. The
-    sharded state dict and DeepSpeed's files hold pickles, which can run code: load only what you wrote yourself.
+    Takes what `save_pretrained` writes, in one file or several; FSDP's full state dict; and an adapter, where the
+    model is one of peft's. What FSDP and DeepSpeed write in a part for each process has to be converted by their own
+    tools first, which the error names.
 
     Args:
         model: The model as it was before anything wrapped it.
         checkpoint: The folder.
 
     Raises:
-        ValueError: There are no weights, or they are not exactly those of this model; the message names the first.
-        ImportError: They are DeepSpeed's, and it is not installed.
+        ValueError: There are no weights, they are in a part for each process, or they are not exactly those of this
+            model; the message names the first.
     """
     folder = Path(checkpoint)
     form = _weights_in(folder)
@@ -284,7 +288,7 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike) -> None:
         raise ValueError(f"`checkpoint` {folder} holds no weights that are known here.")
     if form == "adapter":
         return _load_adapter(model, folder)
-    weights = {name: tensor for part in _read_weights(model, folder, form) for name, tensor in part.items()}
+    weights = {name: tensor for part in _read_weights(folder, form) for name, tensor in part.items()}
     if isinstance(model, PreTrainedModel):
         weights, fault = _translated(model, weights)
         if fault is not None:
@@ -300,39 +304,18 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike) -> None:
     return None
 
 
-def _read_weights(model: nn.Module, folder: Path, form: str) -> Iterator[dict[str, torch.Tensor]]:
+def _read_weights(folder: Path, form: str) -> Iterator[dict[str, torch.Tensor]]:
     """A checkpoint's tensors, file by file."""
-    if form == "safetensors":
+    if form in _CONVERTED_BY:
+        raise ValueError(
+            f"`checkpoint` {folder} is {form}, in a part for each process. `{_CONVERTED_BY[form].format(folder)}` "
+            "makes one file of safetensors of it, which is read here."
+        )
+    if form == "fsdp":
+        yield torch.load(folder / "pytorch_model_fsdp.bin", map_location="cpu", weights_only=True, mmap=True)
+    else:
         shards = sorted(folder.glob("model-*-of-*.safetensors"))
         yield from (load_file(file) for file in shards or [folder / "model.safetensors"])
-    elif form == "fsdp":
-        yield torch.load(folder / "pytorch_model_fsdp.bin", map_location="cpu", weights_only=True, mmap=True)
-    elif form == "fsdp_sharded":
-        yield _read_shards_of_fsdp(model, folder / "pytorch_model_fsdp_0")
-    else:
-        try:
-            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-        except ImportError as error:
-            raise ImportError(f"{folder} was written by DeepSpeed; to read it, `pip install deepspeed`.") from error
-        yield get_fp32_state_dict_from_zero_checkpoint(str(folder))
-
-
-def _read_shards_of_fsdp(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors in FSDP's sharded form, put together, in the shapes and dtypes that they were saved in."""
-    import torch.distributed.checkpoint as distributed_checkpoint
-
-    reader = distributed_checkpoint.FileSystemReader(folder)
-    entries = reader.read_metadata().state_dict_metadata
-    weights = {
-        name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if isinstance(entry, distributed_checkpoint.TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        # Of one process, which is what is wanted here.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        distributed_checkpoint.load({"model": weights}, storage_reader=reader)
-    return weights
 
 
 def _load_adapter(model: nn.Module, folder: Path) -> None:

@@ -59,7 +59,7 @@ class GradientReport:
         """Draw the norms of all groups, in the order of the data, and mark what has none.
 
         Args:
-            path: The picture, such as `gradient_flow.png`; its ending says the format.
+            path: The image, such as `gradient_flow.png`; its ending says the format.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -210,7 +210,7 @@ def _bullet(sentence: str) -> str:
     )
 
 
-# Picture
+# Image
 
 
 def _draw(rows: list[GradientRow], path: str | os.PathLike) -> None:
