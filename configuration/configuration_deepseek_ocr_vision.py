@@ -12,19 +12,11 @@ from transformers.activations import ACT2FN
 
 from ..saving.checkpoint_code_deepseek_ocr_vision import IN_PACKAGE
 from ..saving.saving_deepseek_ocr_vision import AtomicSavingMixin
+from .checks_deepseek_ocr_vision import require_choice, require_integer, require_number
 
 
 FeatureMode = Literal["residual", "concat", "projected", "sequence"]
 FEATURE_MODES: tuple[str, ...] = get_args(FeatureMode)
-
-
-def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"`{field}` is {value!r}; it has to be {allowed}.")
-
-
-def _is_positive(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 class _ValidatedConfig(PreTrainedConfig):
@@ -39,26 +31,34 @@ class _ValidatedConfig(PreTrainedConfig):
 
     @classmethod
     def _require_model_type(cls, model_type: Any) -> None:
-        _require(model_type == cls.model_type, "model_type", model_type, f"{cls.model_type!r} for a {cls.__name__}")
+        if model_type != cls.model_type:
+            allowed = f"{cls.model_type!r} for a {cls.__name__}"
+            raise ValueError(f"`model_type` is {model_type!r}; it has to be {allowed}.")
 
-    def _require_field(self, field: str, condition: bool, allowed: str) -> None:
-        _require(condition, f"{self.field_prefix}{field}", getattr(self, field), allowed)
+    def _require(self, field: str, condition: bool, allowed: str) -> None:
+        """What a field has to be besides a value of its type."""
+        if not condition:
+            raise ValueError(f"`{self.field_prefix}{field}` is {getattr(self, field)!r}; it has to be {allowed}.")
 
     def _require_integers(self, *fields: str) -> None:
         for field in fields:
-            self._require_field(field, _is_positive(getattr(self, field), int), "a positive integer")
+            setattr(self, field, require_integer(f"{self.field_prefix}{field}", getattr(self, field), at_least=1))
+
+    def _require_list(self, field: str, *, at_least: int, at_most: int | None = None) -> None:
+        name, values = f"{self.field_prefix}{field}", getattr(self, field)
+        if not isinstance(values, list | tuple):
+            raise TypeError(f"`{name}` is {values!r}; it has to be a list of integers.")
+        limits = {"at_least": at_least, "at_most": at_most}
+        setattr(self, field, [require_integer(f"{name}[{i}]", value, **limits) for i, value in enumerate(values)])
 
     def _require_transformer(self) -> None:
         """What both stages' transformers need."""
         self._require_integers("hidden_size", "num_hidden_layers", "num_attention_heads")
         for field in ("layer_norm_eps", "initializer_range"):
-            self._require_field(field, _is_positive(getattr(self, field), int | float), "a positive number")
+            setattr(self, field, require_number(f"{self.field_prefix}{field}", getattr(self, field), above=0))
         heads_divide_width = self.hidden_size % self.num_attention_heads == 0
-        self._require_field(
-            "num_attention_heads", heads_divide_width, f"a divisor of hidden_size ({self.hidden_size})"
-        )
-        is_activation = isinstance(self.hidden_act, str) and self.hidden_act in ACT2FN
-        self._require_field("hidden_act", is_activation, f"one of {sorted(ACT2FN)}")
+        self._require("num_attention_heads", heads_divide_width, f"a divisor of hidden_size ({self.hidden_size})")
+        require_choice(f"{self.field_prefix}hidden_act", self.hidden_act, sorted(ACT2FN))
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
@@ -111,6 +111,7 @@ class DeepSeekOCRVisionSamConfig(_ValidatedConfig):
         initializer_range: Standard deviation of the normal distribution that a new model's weights come from.
 
     Raises:
+        TypeError: A field has a value of another type; the message names the field.
         ValueError: A field has a value that is not allowed, or two do not fit; the message names the field.
     """
 
@@ -141,9 +142,9 @@ class DeepSeekOCRVisionSamConfig(_ValidatedConfig):
         self.mlp_dim = mlp_dim
         self.patch_size = patch_size
         self.window_size = window_size
-        self.global_attn_indexes = _as_list(global_attn_indexes)
+        self.global_attn_indexes = global_attn_indexes
         self.output_channels = output_channels
-        self.downsample_channels = _as_list(downsample_channels)
+        self.downsample_channels = downsample_channels
         self.image_size = image_size
         self.hidden_act = hidden_act
         self.layer_norm_eps = layer_norm_eps
@@ -156,26 +157,14 @@ class DeepSeekOCRVisionSamConfig(_ValidatedConfig):
         return self.patch_size * 2 ** len(self.downsample_channels)
 
     def validate(self) -> None:
-        """Raise a `ValueError` that names the first field whose value is not allowed."""
+        """Raise an error that names the first field whose type or value is not allowed."""
         self._require_transformer()
         self._require_integers("mlp_dim", "patch_size", "window_size", "output_channels", "image_size")
-        indexes, channels = self.global_attn_indexes, self.downsample_channels
-        self._require_field(
-            "global_attn_indexes",
-            isinstance(indexes, list)
-            and all(type(index) is int and 0 <= index < self.num_hidden_layers for index in indexes),
-            f"a list of block indexes from 0 to num_hidden_layers - 1 ({self.num_hidden_layers - 1})",
-        )
-        self._require_field(
-            "downsample_channels",
-            isinstance(channels, list) and len(channels) == 2 and all(_is_positive(width, int) for width in channels),
-            "a list of two positive integers",
-        )
-        self._require_field(
-            "image_size",
-            self.image_size % self.token_size == 0,
-            f"a multiple of {self.token_size} (patch_size x the compressor's 4)",
-        )
+        self._require_list("global_attn_indexes", at_least=0, at_most=self.num_hidden_layers - 1)
+        self._require_list("downsample_channels", at_least=1)
+        self._require("downsample_channels", len(self.downsample_channels) == 2, "a list of two integers")
+        allowed = f"a multiple of {self.token_size} (patch_size x the compressor's 4)"
+        self._require("image_size", self.image_size % self.token_size == 0, allowed)
 
 
 class DeepSeekOCRVisionClipConfig(_ValidatedConfig):
@@ -192,6 +181,7 @@ class DeepSeekOCRVisionClipConfig(_ValidatedConfig):
         initializer_range: Standard deviation of the normal distribution that a new model's weights come from.
 
     Raises:
+        TypeError: A field has a value of another type; the message names the field.
         ValueError: A field has a value that is not allowed, or two do not fit; the message names the field.
     """
 
@@ -222,7 +212,7 @@ class DeepSeekOCRVisionClipConfig(_ValidatedConfig):
         super().__init__(**kwargs)
 
     def validate(self) -> None:
-        """Raise a `ValueError` that names the first field whose value is not allowed."""
+        """Raise an error that names the first field whose type or value is not allowed."""
         self._require_transformer()
         self._require_integers("intermediate_size", "grid_size")
 
@@ -248,6 +238,7 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
         hidden_size: Width of the tokens that come out (1024, 2048 or `projection_dim`, by mode). Derived, read-only.
 
     Raises:
+        TypeError: A field has a value of another type; the message names the field.
         ValueError: A field has a value that is not allowed, or two do not fit; the message names the field.
     """
 
@@ -279,8 +270,10 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
         self.projection_dim = projection_dim
         super().__init__(**kwargs)
         if stated_hidden_size not in (None, self.hidden_size):
-            allowed = f"{self.hidden_size}, the width of feature_mode {self.feature_mode!r}; leave it out"
-            _require(False, "hidden_size", stated_hidden_size, allowed)
+            raise ValueError(
+                f"`hidden_size` is {stated_hidden_size!r}; it has to be {self.hidden_size}, the width of feature_mode "
+                f"{self.feature_mode!r}: leave it out."
+            )
 
     @property
     def concat_size(self) -> int:
@@ -290,7 +283,7 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
     @property
     def hidden_size(self) -> int:
         """Width of the tokens that come out; composites size their projector by it."""
-        self._require_feature_mode()
+        require_choice("feature_mode", self.feature_mode, FEATURE_MODES)
         widths = {
             "residual": self.clip_config.hidden_size,
             "concat": self.concat_size,
@@ -304,35 +297,23 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
         # NotImplementedError is what transformers' own configs raise for a common property that has no setter.
         raise NotImplementedError("`hidden_size` follows from `feature_mode` and the two stages; set those instead.")
 
-    def _require_feature_mode(self) -> None:
-        self._require_field("feature_mode", self.feature_mode in FEATURE_MODES, f"one of {FEATURE_MODES}")
-
     def validate(self) -> None:
-        """Raise a `ValueError` that names the first field whose value is not allowed, nested ones included."""
+        """Raise an error that names the first field whose type or value is not allowed, nested ones included."""
         self.sam_config.validate()
         self.clip_config.validate()
         self._require_integers("image_size", "patch_size", "num_channels", "projection_dim")
-        self._require_feature_mode()
+        require_choice("feature_mode", self.feature_mode, FEATURE_MODES)
         token_size = self.sam_config.token_size
         allowed = f"{token_size}, the pixels a token (sam_config.patch_size x the compressor's 4)"
-        self._require_field("patch_size", self.patch_size == token_size, allowed)
-        self._require_field(
-            "image_size", self.image_size % token_size == 0, f"a multiple of patch_size ({token_size})"
-        )
-        _require(
-            self.sam_config.downsample_channels[-1] == self.clip_config.hidden_size,
-            "sam_config.downsample_channels",
-            self.sam_config.downsample_channels,
-            f"a list that ends in clip_config.hidden_size ({self.clip_config.hidden_size}): CLIP reads those channels",
-        )
+        self._require("patch_size", self.patch_size == token_size, allowed)
+        self._require("image_size", self.image_size % token_size == 0, f"a multiple of patch_size ({token_size})")
+        width = self.clip_config.hidden_size
+        allowed = f"a list that ends in clip_config.hidden_size ({width}): CLIP reads those channels"
+        self.sam_config._require("downsample_channels", self.sam_config.downsample_channels[-1] == width, allowed)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary, the derived `hidden_size` among them for readers of the JSON."""
         return super().to_dict() | {"hidden_size": self.hidden_size}
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _as_config(field: str, value: Any, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:

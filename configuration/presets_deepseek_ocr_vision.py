@@ -8,6 +8,7 @@ together; tokens of one are not tokens of the other. The released model knows se
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .checks_deepseek_ocr_vision import require_choice
 from .configuration_deepseek_ocr_vision import FeatureMode
 
 
@@ -87,24 +88,23 @@ def require_preset(preset: str) -> Preset:
     """The preset of a name.
 
     Raises:
+        TypeError: The name is no string.
         ValueError: There is none of that name.
     """
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise ValueError(f"`preset` is {preset!r}; it has to be one of {list(PRESETS)}.")
-    return PRESETS[preset]
+    return PRESETS[require_choice("preset", preset, PRESETS)]
 
 
 def require_mode(mode: str, preset: str) -> Mode:
     """The mode of a name, of those that go with a preset.
 
     Raises:
+        TypeError: The name is no string.
         ValueError: There is none of that name.
     """
     allowed = require_preset(preset).modes
-    if not isinstance(mode, str) or mode not in allowed:
-        advice = f"one of {list(allowed)}" if allowed else "left out; choose a `size`"
-        raise ValueError(f"`mode` is {mode!r}; with preset {preset!r} it has to be {advice}.")
-    return MODES[mode]
+    if not allowed:
+        raise ValueError(f"`mode` is {mode!r}; with preset {preset!r} it has to be left out: choose a `size`.")
+    return MODES[require_choice("mode", mode, allowed)]
 
 
 __all__ = ["MODES", "PRESETS", "Mode", "ModeName", "Preset", "preset_of", "require_mode", "require_preset"]

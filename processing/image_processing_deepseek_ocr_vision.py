@@ -17,6 +17,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
+from ..configuration.checks_deepseek_ocr_vision import require_choice, require_flag, require_integer, require_number
 from ..configuration.configuration_deepseek_ocr_vision import FEATURE_MODES, FeatureMode
 from ..configuration.presets_deepseek_ocr_vision import MODES, PRESETS, ModeName, require_mode, require_preset
 from ..saving.checkpoint_code_deepseek_ocr_vision import NEEDS_PACKAGE
@@ -209,18 +210,19 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         super().__init__()
         defaults = require_preset(preset)
         self.preset = preset
-        self.do_resize = _flag("do_resize", do_resize)
+        self.do_resize = require_flag("do_resize", do_resize)
         self.size, self.tile_size = _sizes(preset, mode, size, tile_size)
-        self.max_patches = _max_patches(max_patches)
-        self.resample = _resampling(resample)
-        self.do_pad = None if do_pad is None else _flag("do_pad", do_pad)
-        self.do_rescale = _flag("do_rescale", do_rescale)
-        self.rescale_factor = _number("rescale_factor", rescale_factor)
-        self.do_normalize = _flag("do_normalize", do_normalize)
+        self.max_patches = require_integer("max_patches", max_patches, at_least=MIN_TILES)
+        filters = [int(filter_) for filter_ in Image.Resampling]
+        self.resample = require_choice("resample", require_integer("resample", resample), filters)
+        self.do_pad = None if do_pad is None else require_flag("do_pad", do_pad)
+        self.do_rescale = require_flag("do_rescale", do_rescale)
+        self.rescale_factor = require_number("rescale_factor", rescale_factor)
+        self.do_normalize = require_flag("do_normalize", do_normalize)
         self.image_mean = _channels("image_mean", defaults.image_mean if image_mean is None else image_mean)
         self.image_std = _channels("image_std", defaults.image_std if image_std is None else image_std)
-        self.do_convert_rgb = _flag("do_convert_rgb", do_convert_rgb)
-        self.resize_backend = _choice("resize_backend", resize_backend, BACKENDS)
+        self.do_convert_rgb = require_flag("do_convert_rgb", do_convert_rgb)
+        self.resize_backend = require_choice("resize_backend", resize_backend, BACKENDS)
         if 0 in self.image_std:
             raise ValueError(f"`image_std` is {image_std!r}; it divides, so it cannot be 0.")
         if not do_resize and (mode is not None or self.tile_size is not None):
@@ -296,14 +298,14 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
                 have a token for each square of 64 x 64 pixels. Defaults to the preset's.
 
         Raises:
-            ValueError: A side is no positive integer, or no multiple of 64 though `do_resize` is false, or there is no
+            TypeError: A side is no integer, or the feature mode no string.
+            ValueError: A side is not positive, or no multiple of 64 though `do_resize` is false, or there is no
                 such feature mode.
         """
         if feature_mode is not None:
-            _choice("feature_mode", feature_mode, FEATURE_MODES)
-        for name, side in (("height", height), ("width", width)):
-            if not _is_integer(side) or side < 1:
-                raise ValueError(f"`{name}` is {side!r}; it has to be a positive integer.")
+            require_choice("feature_mode", feature_mode, FEATURE_MODES)
+        height = require_integer("height", height, at_least=1)
+        width = require_integer("width", width, at_least=1)
         if not self.do_resize:
             _require_token_multiple("height, width", height, width)
         page = _page_size(self.size) if self.do_resize else {"height": height, "width": width}
@@ -521,60 +523,30 @@ def _without_voided(fields: dict[str, Any], replaced: Iterable[str]) -> dict[str
     return {name: value for name, value in fields.items() if name not in voided}
 
 
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"`{name}` is {value!r}; it has to be one of {list(allowed)}.")
-    return value
-
-
 def _optional_choice(name: str, value: Any, allowed: tuple[str, ...]) -> str | None:
     # transformers' enumerations of these are strings' too, but only by their `value`.
     value = getattr(value, "value", value)
-    return None if value is None else _choice(name, value, allowed)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` is {value!r}; it has to be True or False.")
-    return value
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
-        raise ValueError(f"`{name}` is {value!r}; it has to be a finite number.")
-    return value.item() if isinstance(value, np.number) else value
+    return None if value is None else require_choice(name, value, allowed)
 
 
 def _channels(name: str, value: Any) -> list[float]:
     values = value if isinstance(value, list | tuple | np.ndarray) else [value] * 3
     if len(values) != 3:
         raise ValueError(f"`{name}` is {value!r}; it has to be a number, or three: red, green and blue.")
-    return [_number(name, channel) for channel in values]
-
-
-def _resampling(value: Any) -> int:
-    allowed = {int(filter_): filter_.name for filter_ in Image.Resampling}
-    if not _is_integer(value) or int(value) not in allowed:
-        raise ValueError(f"`resample` is {value!r}; it has to be one of {allowed} (PIL.Image.Resampling).")
-    return int(value)
+    return [require_number(name, channel) for channel in values]
 
 
 def _page_size(size: Any) -> dict[str, int]:
     """`size` in any of its forms as {"height": ..., "width": ...}."""
-    is_mapping = not _is_integer(size) and not isinstance(size, str) and hasattr(size, "get")
-    sides = dict(size) if is_mapping else size
-    if _is_integer(sides):
-        sides = {"height": sides, "width": sides}
-    elif isinstance(sides, list | tuple) and len(sides) == 2:
+    sides = dict(size) if hasattr(size, "get") else size
+    if isinstance(sides, list | tuple) and len(sides) == 2:
         sides = {"height": sides[0], "width": sides[1]}
-    if not isinstance(sides, dict) or set(sides) != {"height", "width"} or not all(map(_is_integer, sides.values())):
+    elif not isinstance(sides, dict | list | tuple):
+        sides = dict.fromkeys(("height", "width"), require_integer("size", sides))
+    if not isinstance(sides, dict) or sides.keys() != {"height", "width"}:
         allowed = "an integer, {'height': integer, 'width': integer} or (height, width)"
         raise ValueError(f"`size` is {size!r}; it has to be {allowed}, in multiples of {TOKEN_SIZE} pixels.")
-    height, width = int(sides["height"]), int(sides["width"])
+    height, width = (require_integer(f"size['{name}']", sides[name]) for name in ("height", "width"))
     _require_token_multiple("size", height, width)
     return {"height": height, "width": width}
 
@@ -597,18 +569,9 @@ def _sizes(preset: str, mode: str | None, size: Any, tile_size: Any) -> tuple[di
 def _tile_side(tile_size: Any) -> int | None:
     if tile_size is None:
         return None
-    if not _is_integer(tile_size):
-        raise ValueError(
-            f"`tile_size` is {tile_size!r}; it has to be an integer, a multiple of {TOKEN_SIZE}, or None."
-        )
+    tile_size = require_integer("tile_size", tile_size)
     _require_token_multiple("tile_size", tile_size, tile_size)
-    return int(tile_size)
-
-
-def _max_patches(value: Any) -> int:
-    if not _is_integer(value) or value < MIN_TILES:
-        raise ValueError(f"`max_patches` is {value!r}; it has to be an integer of at least {MIN_TILES}.")
-    return int(value)
+    return tile_size
 
 
 def _require_token_multiple(name: str, height: int, width: int) -> None:

@@ -13,6 +13,7 @@ from .image_processing_deepseek_ocr_vision import DeepSeekOCRVisionImageProcesso
 if TYPE_CHECKING:
     # Never runs. transformers reads these lines to learn which files a checkpoint's processor travels with, and its
     # older versions do not look for them in the files imported above.
+    from ..configuration.checks_deepseek_ocr_vision import require_choice  # noqa: F401
     from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig  # noqa: F401
     from ..configuration.presets_deepseek_ocr_vision import PRESETS  # noqa: F401
     from .images_deepseek_ocr_vision import read_image  # noqa: F401

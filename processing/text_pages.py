@@ -11,10 +11,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
-from numbers import Integral, Real
+from numbers import Integral
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, features
+
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some, require_integer, require_number
 
 
 PATCH_SIDE = 64  # pixels; the square that one token of the encoder stands for
@@ -78,11 +80,11 @@ class TextRenderer:
         replacement: str | None = None,
     ):
         self.height, self.width = _page_sides(size)
-        self.margin = _whole("margin", margin, least=0)
-        self.fonts = _open_fonts(font, _number("font_size", font_size, least=4))
+        self.margin = require_integer("margin", margin, at_least=0)
+        self.fonts = _open_fonts(font, require_number("font_size", font_size, at_least=4))
         self._ascent, descent = (max(heights) for heights in zip(*(f.getmetrics() for f in self.fonts), strict=True))
         self._font_height = self._ascent + descent
-        self._line_pitch = _number("line_spacing", line_spacing, least=0.5) * self._font_height
+        self._line_pitch = require_number("line_spacing", line_spacing, at_least=0.5) * self._font_height
         self._glyphs: dict[str, _Glyph | None] = {}
         self._require_room()
         self._replacement = self._checked_replacement(replacement)
@@ -257,7 +259,9 @@ class TextRenderer:
     def _checked_replacement(self, replacement: str | None) -> str | None:
         if replacement is None:
             return None
-        if not isinstance(replacement, str) or len(replacement) != 1:
+        if not isinstance(replacement, str):
+            raise TypeError(f"`replacement` is {replacement!r}; it has to be one character, or None.")
+        if len(replacement) != 1:
             raise ValueError(f"`replacement` is {replacement!r}; it has to be one character, or None.")
         if not self._can_draw(replacement):
             raise ValueError(f"`replacement`: {_why_refused([replacement], replacement)}")
@@ -338,7 +342,7 @@ def _named(character: str) -> str:
     return f"{character!r} (U+{ord(character):04X}{' ' * bool(name)}{name})"
 
 
-def _why_refused(characters: list[str], text: str, most: int = 10) -> str:
+def _why_refused(characters: list[str], text: str) -> str:
     """What cannot be drawn, where it first is, and what can be done."""
 
     def described(character: str) -> str:
@@ -346,10 +350,9 @@ def _why_refused(characters: list[str], text: str, most: int = 10) -> str:
         where = f" at {position}" if position >= 0 else ""
         return f"{_named(character)}{where}{', which needs shaping' * _needs_shaping(character)}"
 
-    listed = "; ".join(map(described, sorted(characters, key=text.find)[:most]))
-    more = f"; and {len(characters) - most} more" * (len(characters) > most)
+    listed = list_some([described(character) for character in sorted(characters, key=text.find)], separator="; ")
     return (
-        f"These characters cannot be drawn: {listed}{more}. Give a `font` that has them, or a `replacement`; scripts "
+        f"These characters cannot be drawn: {listed}. Give a `font` that has them, or a `replacement`; scripts "
         "that need shaping or run from right to left are not supported."
     )
 
@@ -429,21 +432,7 @@ def _page_sides(size: int | tuple[int, int]) -> tuple[int, int]:
     if not isinstance(sides, tuple | list) or len(sides) != 2:
         raise TypeError(f"`size` is {size!r}; it has to be an integer or a pair (height, width).")
     for side in sides:
-        _whole("size", side, least=PATCH_SIDE)
+        require_integer("size", side, at_least=PATCH_SIDE)
         if side % PATCH_SIDE:
             raise ValueError(f"`size` is {size!r}; height and width have to be multiples of {PATCH_SIDE}.")
     return int(sides[0]), int(sides[1])
-
-
-def _whole(name: str, value: int, *, least: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"`{name}` is {value!r}; it has to be an integer.")
-    return int(_number(name, value, least=least))
-
-
-def _number(name: str, value: float, *, least: float) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"`{name}` is {value!r}; it has to be a number.")
-    if not least <= value < float("inf"):
-        raise ValueError(f"`{name}` is {value!r}; it has to be finite and at least {least}.")
-    return value

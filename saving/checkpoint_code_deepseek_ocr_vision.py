@@ -22,7 +22,7 @@ NEEDS_PACKAGE = (
     "This needs the package deepseek-ocr-vision; what a checkpoint carries of it only loads, runs and trains."
 )
 FLAT_CODE = {
-    "configuration": ("configuration", "presets"),
+    "configuration": ("configuration", "presets", "checks"),
     "modeling": ("modeling", "sequence", "loading", "sam", "clip", "base", "attention"),
     "processing": ("processing", "image_processing", "images", "tiles"),
     "saving": ("saving", "checkpoint_code", "checksums"),

@@ -1,7 +1,9 @@
 """The configuration: what it holds, what it refuses, and how it travels."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 from helpers import EVERY_FEATURE_MODE, tiny_config
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
@@ -50,7 +52,6 @@ SAM_FIELDS = tiny_config().sam_config.to_dict()
 CLIP_FIELDS = tiny_config().clip_config.to_dict()
 BAD_FIELDS = [
     ("feature_mode", {"feature_mode": "both"}),
-    ("feature_mode", {"feature_mode": None}),
     ("hidden_size", {"hidden_size": 33}),
     ("patch_size", {"patch_size": 16}),
     ("patch_size", {"patch_size": -64}),
@@ -58,14 +59,10 @@ BAD_FIELDS = [
     ("image_size", {"image_size": 0}),
     ("num_channels", {"num_channels": 0}),
     ("projection_dim", {"projection_dim": -1}),
-    ("projection_dim", {"projection_dim": 12.5}),
     ("sam_config.num_attention_heads", {"sam_config": SAM_FIELDS | {"num_attention_heads": 3}}),
     ("sam_config.hidden_size", {"sam_config": SAM_FIELDS | {"hidden_size": -32}}),
-    ("sam_config.hidden_size", {"sam_config": SAM_FIELDS | {"hidden_size": "32"}}),
-    ("sam_config.mlp_dim", {"sam_config": SAM_FIELDS | {"mlp_dim": True}}),
     ("sam_config.window_size", {"sam_config": SAM_FIELDS | {"window_size": 0}}),
-    ("sam_config.global_attn_indexes", {"sam_config": SAM_FIELDS | {"global_attn_indexes": [2]}}),
-    ("sam_config.global_attn_indexes", {"sam_config": SAM_FIELDS | {"global_attn_indexes": 1}}),
+    ("sam_config.global_attn_indexes[0]", {"sam_config": SAM_FIELDS | {"global_attn_indexes": [2]}}),
     ("sam_config.downsample_channels", {"sam_config": SAM_FIELDS | {"downsample_channels": [24, 48]}}),
     ("sam_config.downsample_channels", {"sam_config": SAM_FIELDS | {"downsample_channels": [32]}}),
     ("sam_config.image_size", {"sam_config": SAM_FIELDS | {"image_size": 100}}),
@@ -78,13 +75,41 @@ BAD_FIELDS = [
     ("model_type", {"model_type": "clip"}),
     ("model_type", {"sam_config": SAM_FIELDS | {"model_type": "sam"}}),
 ]
+BAD_TYPES = [
+    ("feature_mode", {"feature_mode": None}),
+    ("projection_dim", {"projection_dim": 12.5}),
+    ("sam_config.hidden_size", {"sam_config": SAM_FIELDS | {"hidden_size": "32"}}),
+    ("sam_config.mlp_dim", {"sam_config": SAM_FIELDS | {"mlp_dim": True}}),
+    ("sam_config.global_attn_indexes", {"sam_config": SAM_FIELDS | {"global_attn_indexes": 1}}),
+    ("sam_config.downsample_channels[1]", {"sam_config": SAM_FIELDS | {"downsample_channels": [24, None]}}),
+    ("sam_config.hidden_act", {"sam_config": SAM_FIELDS | {"hidden_act": ["gelu"]}}),
+    ("clip_config.layer_norm_eps", {"clip_config": CLIP_FIELDS | {"layer_norm_eps": "1e-5"}}),
+]
 
 
 @pytest.mark.parametrize(("field", "fields"), BAD_FIELDS)
 def test_a_value_that_is_not_allowed_is_an_error_that_names_its_field(field, fields):
     """Pins validation when a config is built."""
-    with pytest.raises(ValueError, match=f"`{field}`"):
+    with pytest.raises(ValueError, match=re.escape(f"`{field}`")):
         tiny_config(**fields)
+
+
+@pytest.mark.parametrize(("field", "fields"), BAD_TYPES)
+def test_a_value_of_another_type_is_a_type_error_that_names_its_field(tmp_path, field, fields):
+    """Pins a text or a list in a number's place, when a config is built and when one is loaded."""
+    with pytest.raises(TypeError, match=re.escape(f"`{field}`")):
+        tiny_config(**fields)
+    contents = tiny_config().to_dict() | fields
+    (tmp_path / "config.json").write_text(json.dumps(contents, default=str))
+    with pytest.raises(TypeError, match=re.escape(f"`{field}`")):
+        DeepSeekOCRVisionConfig.from_pretrained(tmp_path)
+
+
+def test_numbers_of_numpy_s_become_numbers_of_python_s(tmp_path):
+    """Pins a width computed with numpy, which JSON cannot hold."""
+    config = tiny_config(projection_dim=np.int64(20), clip_config=CLIP_FIELDS | {"layer_norm_eps": np.float64(1e-5)})
+    config.save_pretrained(tmp_path)
+    assert DeepSeekOCRVisionConfig.from_pretrained(tmp_path).projection_dim == 20
 
 
 # What a file says of the derived width is checked against the file's own mode, above.
@@ -93,7 +118,7 @@ def test_a_file_with_a_value_that_is_not_allowed_is_an_error_too(tmp_path, field
     """Pins validation when a config is loaded; transformers only logs another `model_type`."""
     contents = tiny_config().to_dict() | fields
     (tmp_path / "config.json").write_text(json.dumps(contents, default=str))
-    with pytest.raises(ValueError, match=f"`{field}`"):
+    with pytest.raises(ValueError, match=re.escape(f"`{field}`")):
         DeepSeekOCRVisionConfig.from_pretrained(tmp_path)
 
 

@@ -459,9 +459,6 @@ def test_too_many_pixels_are_refused_as_by_pillow(monkeypatch, tmp_path):
         (0, "nearest size is 64 x 64"),
         (-64, "nearest size is 64 x 64"),
         ({"shortest_edge": 64}, "`size` is {'shortest_edge': 64}"),
-        ("64", "`size` is '64'"),
-        (64.0, "`size` is 64.0"),
-        (True, "`size` is True"),
         ((64, 64, 64), r"`size` is \(64, 64, 64\)"),
     ],
 )
@@ -474,24 +471,27 @@ def test_a_size_that_the_model_cannot_take_is_refused_with_the_nearest_one(size,
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "error"),
     [
-        ("preset", "clip"),
-        ("preset", None),
-        ("resample", 17),
-        ("resample", "bicubic"),
-        ("resize_backend", "opencv"),
-        ("rescale_factor", float("nan")),
-        ("image_mean", [0.5, 0.5]),
-        ("image_mean", "0.5"),
-        ("image_std", [0.5, 0.0, 0.5]),
-        ("do_resize", "yes"),
-        ("do_pad", 1),
+        ("preset", "clip", ValueError),
+        ("preset", None, TypeError),
+        ("resample", 17, ValueError),
+        ("resample", "bicubic", TypeError),
+        ("resize_backend", "opencv", ValueError),
+        ("rescale_factor", float("nan"), ValueError),
+        ("image_mean", [0.5, 0.5], ValueError),
+        ("image_mean", "0.5", TypeError),
+        ("image_std", [0.5, 0.0, 0.5], ValueError),
+        ("do_resize", "yes", TypeError),
+        ("do_pad", 1, TypeError),
+        ("size", "64", TypeError),
+        ("size", 64.0, TypeError),
+        ("size", True, TypeError),
     ],
 )
-def test_a_value_that_is_not_allowed_is_refused_by_its_name(field, value):
+def test_a_value_that_is_not_allowed_is_refused_by_its_name(field, value, error):
     """A zero deviation makes infinities, and a misspelled preset must not become the default."""
-    with pytest.raises((ValueError, TypeError), match=f"`{field}` is "):
+    with pytest.raises(error, match=f"`{field}` is "):
         DeepSeekOCRVisionImageProcessor(**{field: value})
 
 

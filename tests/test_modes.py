@@ -197,14 +197,10 @@ def test_what_is_replaced_while_loading_replaces_what_belongs_to_it(tmp_path):
     ("fields", "message"),
     [
         ({"mode": "huge"}, "`mode` is 'huge'.*'tiny', 'small', 'base', 'large', 'gundam'"),
-        ({"mode": 640}, "`mode` is 640"),
         ({"mode": "base", "preset": "deepseek-ocr-encoder"}, "`mode` is 'base'; with preset 'deepseek-ocr-encoder'"),
         ({"tile_size": 100}, "tile_size: 100 x 100 .* nearest size is 128 x 128"),
         ({"tile_size": 0}, "nearest size is 64 x 64"),
-        ({"tile_size": "640"}, "`tile_size` is '640'"),
-        ({"tile_size": True}, "`tile_size` is True"),
         ({"max_patches": 1}, "`max_patches` is 1; .* at least 2"),
-        ({"max_patches": 6.0}, "`max_patches` is 6.0"),
         ({"mode": "gundam", "do_resize": False}, "`do_resize` is False, but `mode` 'gundam'"),
         ({"tile_size": 64, "do_resize": False}, "`do_resize` is False, but `tile_size` 64"),
     ],
@@ -213,6 +209,14 @@ def test_values_that_are_not_allowed_are_refused_by_name(fields, message):
     """Pins a misspelt mode, which must not become the default."""
     with pytest.raises(ValueError, match=message):
         DeepSeekOCRVisionImageProcessor(**({"preset": "deepseek-ocr"} | fields))
+
+
+@pytest.mark.parametrize("fields", [{"mode": 640}, {"tile_size": "640"}, {"tile_size": True}, {"max_patches": 6.0}])
+def test_values_of_another_type_are_refused_by_name(fields):
+    """Pins a number given as text, and a mode given as its size."""
+    ((name, value),) = fields.items()
+    with pytest.raises(TypeError, match=f"`{name}` is {value!r}"):
+        DeepSeekOCRVisionImageProcessor("deepseek-ocr", **fields)
 
 
 # Tokens
