@@ -143,15 +143,15 @@ class ImageTextCollator:
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]], name: str, *, first_trained: int = 0) -> list[Part]:
         """A conversation as the chat template writes it: the assistant's turns, and what comes before each."""
-        messages = [_without_images(message) for message in messages]
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        rendered = [_without_images(message) for message in messages]
+        turns = [index for index, message in enumerate(rendered) if message["role"] == "assistant"]
         turns = [turn for turn in turns if turn >= first_trained]
         if not turns:
             raise ValueError(f"{name} has no message of the role 'assistant' to train on.")
         parts, written = [], ""
         for turn in turns:
-            prompt = self._rendered(messages[:turn], add_generation_prompt=True)
-            answered = self._rendered(messages[: turn + 1])
+            prompt = self._rendered(rendered[:turn], add_generation_prompt=True)
+            answered = self._rendered(rendered[: turn + 1])
             if not (prompt.startswith(written) and answered.startswith(prompt)):
                 raise ValueError(
                     f"{name} has messages whose earlier turns the chat template writes otherwise once there are "
@@ -161,7 +161,7 @@ class ImageTextCollator:
             written = answered
         return parts
 
-    def _rendered(self, messages: list[dict], **options) -> str:
+    def _rendered(self, messages: list[dict[str, Any]], **options) -> str:
         return self.processor.apply_chat_template(messages, tokenize=False, **options) if messages else ""
 
     def _check_image_tokens(self, parts: list[Part], num_images: int, name: str) -> None:

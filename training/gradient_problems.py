@@ -6,7 +6,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from .gradient_rows import GradientRow, gradient_norm, is_distributed
+from .gradient_rows import GradientRow, gradient_norm, local_part
 
 
 NUM_NAMES = 3
@@ -115,7 +115,7 @@ def _missing_problems(rows: list[GradientRow], loss: torch.Tensor | None) -> Ite
     for index, (is_unreached, run) in enumerate(runs):
         if is_unreached:
             following = runs[index + 1][1][0] if index + 1 < len(runs) else None
-            yield _cut(rows, run, following) if index == 0 else _passed_by(run, following)
+            yield _cut(rows, run, following) if index == 0 and following else _passed_by(run, following)
     for row in rows:
         if row.missing and not row.is_unreached:
             yield (
@@ -228,8 +228,7 @@ def _non_finite_problems(rows: list[GradientRow], parameters: Parameters) -> Ite
 
 
 def _is_finite(parameter: nn.Parameter) -> bool:
-    values = parameter.detach()
-    return bool((values.to_local() if is_distributed(values) else values).isfinite().all())
+    return bool(local_part(parameter.detach()).isfinite().all())
 
 
 # Earlier steps
@@ -239,7 +238,8 @@ def _stale_problems(parameters: Parameters, stale: frozenset[int]) -> Iterator[s
     """Gradients of an earlier step, which an optimizer would take for this one's."""
     kept = [name for name, parameter in parameters.items() if id(parameter) in stale]
     # Zeros are what `zero_grad(set_to_none=False)` leaves.
-    if kept := [name for name in kept if gradient_norm(parameters[name].grad) != 0]:
+    gradients = {name: parameters[name].grad for name in kept}
+    if kept := [name for name, grad in gradients.items() if grad is not None and gradient_norm(grad) != 0]:
         yield (
             f"{_names(kept)}: the gradient there is of an earlier step, and this loss added nothing to it. Call "
             "`zero_grad()` between steps."

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .gradient_problems import notes_of, problems_of
-from .gradient_rows import GradientRow, State, gradient_row, is_distributed, layer_groups
+from .gradient_rows import GradientRow, State, gradient_row, layer_groups, local_part
 
 
 COLUMNS = ("layer group", "trainable", "with gradient", "zero", "missing", "non-finite", "norm")
@@ -156,8 +156,7 @@ def _versions(model: nn.Module) -> dict[int, tuple[int, int]]:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is not None:
             # FSDP2 adds to this process's piece, which the whole does not notice.
-            values = parameter.grad.to_local() if is_distributed(parameter.grad) else parameter.grad
-            versions[id(parameter)] = (id(parameter.grad), values._version)
+            versions[id(parameter)] = (id(parameter.grad), local_part(parameter.grad)._version)
     return versions
 
 

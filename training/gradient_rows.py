@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -108,7 +108,8 @@ def _divided(
 ) -> Iterator[tuple[str, str | None, Iterable[nn.Parameter]]]:
     """The parts of a module: name, place of the encoder if it is in one, parameters."""
     if _is_encoder(module):
-        for group, parameters in (module.layer_groups() | {"other": module.parameters()}).items():
+        groups: dict[str, Iterable[nn.Parameter]] = cast(Any, module).layer_groups()
+        for group, parameters in (groups | {"other": module.parameters()}).items():
             yield _joined(name, group), name, parameters
     elif _has_parts(module, parent):
         for own_name, parameter in module.named_parameters(recurse=False):
@@ -143,7 +144,7 @@ def gradient_row(group: LayerGroup, stale: frozenset[int]) -> GradientRow:
         group: The group.
         stale: Parameters, by `id`, whose gradient is of an earlier step.
     """
-    names: dict[State, list[str]] = {state: [] for state in State.__args__}
+    names: dict[State, list[str]] = {state: [] for state in get_args(State)}
     norms = []
     for name, parameter in group.parameters.items():
         state, norm = _state(parameter, is_stale=id(parameter) in stale)
@@ -201,6 +202,11 @@ def _norm_over_processes(gradient: Any) -> float:
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a `DTensor`, a class that not every build of PyTorch has."""
     return hasattr(tensor, "to_local")
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor; all of it where it is not distributed."""
+    return cast(Any, tensor).to_local() if is_distributed(tensor) else tensor
 
 
 def _together(norms: list[float]) -> float:

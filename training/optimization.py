@@ -79,7 +79,7 @@ def _places(model: nn.Module, layer_decay: float) -> dict[int, tuple[str, float]
     return places
 
 
-def _encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _encoders(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The encoders in a model, by what they can do: code that came with a checkpoint has classes of its own."""
     found = False
     for place, module in model.named_modules():

@@ -152,10 +152,10 @@ def _fault_of_weights(folder: Path) -> str | None:
     """Whether the weights are there, in one of the forms of `_weights_in`, with all their shards."""
     for index in folder.glob("*.safetensors.index.json"):
         try:
-            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return f"{index.name} is cut off"
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        missing = sorted(shard for shard in named if not (folder / shard).is_file())
         if missing:
             return f"{missing[0]} is missing"
     shards = list(folder.glob("model-*-of-*.safetensors"))
@@ -253,12 +253,13 @@ def _translated(
     """
     # Left to itself it would round float32 weights to the dtype that the configuration was once loaded with.
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype}
-    loaded, account = type(model).from_pretrained(None, config=model.config, state_dict=weights, **options)
-    foreign = sorted(account["unexpected_keys"])
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype}
+    model_class: Any = type(model)
+    loaded, info = model_class.from_pretrained(None, config=model.config, state_dict=weights, **options)
+    foreign = sorted(info["unexpected_keys"])
     # Entries are (name, shape found, shape expected).
-    foreign += sorted(f"{entry[0]} of shape {tuple(entry[1])}" for entry in account["mismatched_keys"])
-    missing = set(account["missing_keys"])
+    foreign += sorted(f"{entry[0]} of shape {tuple(entry[1])}" for entry in info["mismatched_keys"])
+    missing = set(info["missing_keys"])
     tensors = {name: tensor for name, tensor in loaded.state_dict().items() if name not in missing}
     return tensors, f"no place for {_listed(foreign)}" if foreign else None
 
@@ -318,7 +319,7 @@ def _read_weights(folder: Path, form: str) -> Iterator[dict[str, torch.Tensor]]:
         yield from (load_file(file) for file in shards or [folder / "model.safetensors"])
 
 
-def _load_adapter(model: nn.Module, folder: Path) -> None:
+def _load_adapter(model: Any, folder: Path) -> None:
     """Load an adapter of peft into the model's active one."""
     if not hasattr(model, "load_adapter") or not hasattr(model, "active_adapter"):
         raise ValueError(
@@ -371,7 +372,7 @@ def resume(trainer: "Trainer", *, checkpoint: str | os.PathLike | None = None) -
 def _checkpoint_to_resume(arguments: "TrainingArguments", requested: str | os.PathLike | None) -> str | None:
     """The checkpoint asked for if a run can go on from it, or the newest one that is whole."""
     if requested is None:
-        return last_complete_checkpoint(arguments.output_dir, num_processes=arguments.world_size)
+        return last_complete_checkpoint(str(arguments.output_dir), num_processes=arguments.world_size)
     reason = why_incomplete(requested, num_processes=arguments.world_size)
     if reason is not None:
         raise ValueError(f"`checkpoint` {requested} is not complete: {reason}.")

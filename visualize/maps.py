@@ -4,7 +4,8 @@ Letters in the shapes: H and W rows and columns of the token grid, N = H x W tok
 and columns of the pixels.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -25,7 +26,7 @@ LEAST_SPREAD = 1e-6
 LEAST_RANGE = 0.1
 
 
-def require_token(token: Any, grid: tuple[int, int]) -> TokenPlace:
+def require_token(token: Any, grid: Sequence[int]) -> TokenPlace:
     """The place of a token, as two integers within the grid.
 
     Raises:
@@ -155,7 +156,8 @@ def pixel_gradient(
             raise ValueError(f"`{name}` is {value!r}; it cannot be negative.")
     pages = _noisy_copies(pixel_values, num_samples, noise, seed) if num_samples else [pixel_values]
     with evaluating(model):
-        gradient = sum(_gradient(model, page, target) for page in pages) / max(1, num_samples)
+        gradients = (_gradient(model, page, target) for page in pages)
+        gradient = functools.reduce(torch.add, gradients) / max(1, num_samples)
     if not gradient.isfinite().all():
         raise ValueError(f"The gradient holds NaN or infinity; the model computes in {model.dtype}.")
     return gradient

@@ -137,7 +137,8 @@ class PageView:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens, those on a margin included."""
-        return tuple(self.tokens.shape[:2])
+        rows, columns, _ = self.tokens.shape
+        return rows, columns
 
     @property
     def on_page(self) -> torch.Tensor:
@@ -179,7 +180,7 @@ class PageView:
         is_page = self._squares(self._is_page())
         mean = (brightness * is_page).sum(-1, keepdim=True) / is_page.sum(-1, keepdim=True).clamp(min=1)
         variation = ((brightness - mean).square() * is_page).sum(-1)  # [H, W]
-        return divmod(variation.argmax().item(), self.grid[1])
+        return divmod(int(variation.argmax()), self.grid[1])
 
     def pca(self) -> PageMap:
         """The tokens as colours: their first three principal components; see `pca_colors`.
@@ -247,8 +248,9 @@ class PageView:
             TypeError: `target` is neither, or the function returns no tensor.
             ValueError: There is no such token, or the function returns what has no gradient; see `pixel_gradient`.
         """
-        smoothing = {"num_samples": num_samples, "noise": noise, "seed": seed}
-        gradient = pixel_gradient(self.model, self.pixel_values, target, **smoothing)
+        gradient = pixel_gradient(
+            self.model, self.pixel_values, target, num_samples=num_samples, noise=noise, seed=seed
+        )
         values = strength(gradient, self.pixel_values if times_input else None).float().cpu()
         token = None if callable(target) else target
         what = "the number" if token is None else "the token's norm"

@@ -16,6 +16,9 @@ TITLE_HEIGHT, SCALE_WIDTH = 0.35, 0.6  # inches
 LEAST_SIDE = 1000  # pixels of a page's longer side on the sheet, so that frames are fine on small pages too
 CLOSE_UP = 1  # tokens around the chosen one
 
+Panel = tuple[Image.Image, str, PageMap | None]
+"""What is drawn, its title, and the map whose colours need a scale."""
+
 
 def draw_sheet(
     view: PageView, token: TokenPlace | None = None, *, layer: int = -1, title: str | None = None
@@ -45,7 +48,7 @@ def draw_sheet(
     page = scaled.page.copy()
     draw_frame(page, scaled.box(token))
     row, column = token
-    panels = [(page, f"the page, and the token in row {row}, column {column}", None)]
+    panels: list[Panel] = [(page, f"the page, and the token in row {row}, column {column}", None)]
     panels += [(image, one.title, one) for image, one in zip(images, maps, strict=True)]
     panels.append((images[-1].crop(_close_up(scaled, token)), "the same from near by", maps[-1]))
     return _drawn(panels, title or _default_title(view), height_to_width=page.height / page.width)
@@ -74,9 +77,7 @@ def _default_title(view: PageView) -> str:
     return f"{width} x {height} pixels, {rows} x {columns} tokens"
 
 
-def _drawn(
-    panels: list[tuple[Image.Image, str, PageMap | None]], title: str, *, height_to_width: float
-) -> Image.Image:
+def _drawn(panels: list[Panel], title: str, *, height_to_width: float) -> Image.Image:
     """Panels in two rows of three, each an image, its title and the map whose colours need a scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
