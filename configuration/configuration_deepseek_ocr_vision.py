@@ -275,6 +275,25 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
                 f"{self.feature_mode!r}: leave it out."
             )
 
+    @classmethod
+    def tiny(cls, **fields) -> "DeepSeekOCRVisionConfig":
+        """An encoder for tests and first steps, of 2 + 2 layers and width 32: 128 x 128 pixels are 2 x 2 tokens.
+
+        One SAM block attends in windows and one to the whole grid of 8 x 8 patches, which is no multiple of a window.
+        `initializer_range` is large, so that new weights matter to the tokens.
+
+        Args:
+            fields: Fields to replace. A dictionary for a stage replaces those fields of the stage that it names.
+        """
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
+        sam = sizes | {"num_attention_heads": 2, "mlp_dim": 64, "window_size": 3, "global_attn_indexes": [1]}
+        sam |= {"output_channels": 16, "downsample_channels": [24, 32], "image_size": 128}
+        clip = sizes | {"num_attention_heads": 4, "intermediate_size": 64, "grid_size": 2}
+        for field, stage in (("sam_config", sam), ("clip_config", clip)):
+            given = fields.get(field, {})
+            fields[field] = stage | given if isinstance(given, dict) else given
+        return cls(**{"projection_dim": 48} | fields)
+
     @property
     def concat_size(self) -> int:
         """Width of both stages' tokens side by side, which the projector reads."""

@@ -30,34 +30,7 @@ GRADIENT_TOLERANCE = 1e-3
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden values are not at {GOLDEN}")
 
 
-def tiny_config(**fields) -> DeepSeekOCRVisionConfig:
-    """A config of 2 + 2 layers, width 32, with one windowed and one global block; 128 pixels are 2 x 2 tokens.
-
-    The grid of 8 x 8 patches is no multiple of the window, so padding is at work; `initializer_range` is large, so
-    that the weights matter to the output.
-    """
-    sam_config = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "mlp_dim": 64,
-        "window_size": 3,
-        "global_attn_indexes": [1],
-        "output_channels": 16,
-        "downsample_channels": [24, 32],
-        "image_size": 128,
-        "initializer_range": 0.1,
-    }
-    clip_config = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "grid_size": 2,
-        "initializer_range": 0.1,
-    }
-    defaults = {"sam_config": sam_config, "clip_config": clip_config, "projection_dim": 48}
-    return DeepSeekOCRVisionConfig(**(defaults | fields))
+tiny_config = DeepSeekOCRVisionConfig.tiny
 
 
 def pixels(batch: int = 2, height: int = 128, width: int = 128, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:

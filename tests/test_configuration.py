@@ -203,3 +203,11 @@ def test_presets_name_a_feature_mode_each():
         "deepseek-ocr-encoder": "residual",
         "deepseek-ocr": "concat",
     }
+
+
+def test_tiny_is_small_and_takes_fields_and_fields_of_stages():
+    """Pins first steps: a stage's dictionary that names one field, and leaves the others at the full size."""
+    config = DeepSeekOCRVisionConfig.tiny(clip_config={"num_hidden_layers": 3}, feature_mode="projected")
+    assert (config.image_size, config.hidden_size, config.projection_dim) == (128, 48, 48)
+    assert (config.clip_config.num_hidden_layers, config.clip_config.hidden_size) == (3, 32)
+    assert DeepSeekOCRVisionConfig.tiny(sam_config=config.sam_config).sam_config.hidden_size == 32
