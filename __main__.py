@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor, hub_upload
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
@@ -25,6 +24,7 @@ from deepseek_ocr_vision.weights import atomic_write, check_checkpoint, load_enc
 
 
 FAILED, SOME_FAILED, INTERRUPTED = 1, 3, 130
+TOKENS = ("float32", "float16", "bfloat16", "int8", "none")
 
 
 def extract(options: argparse.Namespace) -> int:
@@ -78,26 +78,23 @@ def show(options: argparse.Namespace) -> int:
 
 
 def encode(options: argparse.Namespace) -> int:
-    """Encode pages into a dataset of tokens; one of several processes if `accelerate launch` started them."""
-    # Without an accelerator accelerate has to be told, or each process takes itself for the only one.
-    process = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available())
+    """Encode pages into a table of tokens."""
     choices = {name: getattr(options, name) for name in ("preset", "mode", "feature_mode", "dtype")}
-    names = ("out", "batch_size", "num_workers", "pages_per_file", "dpi", "split", "image_column")
+    names = ("out", "tokens", "batch_size", "num_workers", "pages_per_file", "dpi", "split", "image_column")
     fields = {name: getattr(options, name) for name in names}
     try:
         model, image_processor = load_encoder(options.model, **choices)
-        model.to(options.device or process.device)
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        model.to(options.device or accelerator)
         if model.device.type == "cpu":
             height, width = (image_processor.size[side] for side in ("height", "width"))
             fit_threads(model, num_pixels=options.batch_size * height * width)
-        show_progress = process.is_local_main_process
-        summary = encode_pages(options.inputs, model, image_processor, show_progress=show_progress, **fields)
+        timeout = options.timeout if options.num_workers else None
+        summary = encode_pages(options.inputs, model, image_processor, timeout=timeout, **fields)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. What is finished stays; the same command goes on from there.\n")
         return INTERRUPTED
-    finally:
-        process.destroy_process_group()
-    sys.stdout.write(f"{options.out}: process {process.process_index + 1} of {process.num_processes}: {summary}\n")
+    sys.stdout.write(f"{options.out}: {summary}\n")
     if not summary.problems:
         return 0
     return SOME_FAILED if summary.num_pages else FAILED
@@ -244,21 +241,20 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
 def _add_encode(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "encode",
-        help="turn pages into a dataset of tokens",
-        description="Encode pictures, PDFs and datasets into a folder for datasets.load_from_disk. Started again, it "
-        "goes on where it was; under `accelerate launch` the processes share the pages. Exit code 0 if every page is "
-        "there, 3 if some could not be read (see errors.jsonl), 1 if none could or it failed. Needs datasets and, for "
-        "PDFs, pypdfium2 (extra `encode`).",
+        help="turn pages into a table of tokens",
+        description="Encode images, PDFs and datasets into a table of Parquet parts. Started again, it goes on where "
+        "it was. Exit code 0 if every page is there, 3 if some could not be read (see errors.jsonl), 1 if none could "
+        "or it failed. Needs the extra `encode`.",
         epilog="deepseek-ocr-vision encode scans report.pdf --model encoder --out tokens --batch-size 8 --workers 8",
     )
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="picture, PDF, folder of them, or name or folder of a dataset"
+        "inputs", nargs="+", metavar="INPUT", help="image, PDF, folder of them, or name or folder of a dataset"
     )
-    parser.add_argument("--out", required=True, help="folder to write, or to go on with")
+    parser.add_argument("--out", required=True, help="folder or URL to write, or to go on with")
     parser.add_argument("--model", required=True, help="an encoder or a released checkpoint: folder or Hub id")
     _add_encoder_options(parser)
     parser.add_argument("--batch-size", type=int, default=1, help="pages at once (default: %(default)s)")
-    parser.add_argument("--device", help="such as cuda:1 (default: the accelerator there is, one a process)")
+    parser.add_argument("--device", help="such as cuda:1 (default: the accelerator there is)")
     parser.add_argument(
         "--workers",
         type=int,
@@ -267,8 +263,17 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
         help="processes that prepare pages for each encoder (default: %(default)s)",
     )
     parser.add_argument(
-        "--pages-per-file", type=int, default=128, help="pages of an Arrow file (default: %(default)s)"
+        "--timeout",
+        type=float,
+        default=60,
+        help="seconds for a page to be read and prepared, after which it is left out (default: %(default)s)",
     )
+    parser.add_argument(
+        "--tokens",
+        choices=TOKENS,
+        help="how tokens are stored; none: their mean alone (default: as they are computed)",
+    )
+    parser.add_argument("--pages-per-file", type=int, default=128, help="pages of a part (default: %(default)s)")
     parser.add_argument("--dpi", type=float, default=144, help="that PDFs are drawn with (default: %(default)s)")
     parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
     parser.add_argument("--image-column", default="image", help="of a dataset (default: %(default)s)")
@@ -282,7 +287,7 @@ def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="to compute and store in (default: the checkpoint's own)",
+        help="to compute in (default: the checkpoint's own)",
     )
 
 

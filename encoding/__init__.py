@@ -1,7 +1,7 @@
-"""Pages to tokens on disk: files, PDFs and datasets in, a dataset of tokens out, by as many processes as there are."""
+"""Pages to tokens on disk: files, PDFs and datasets in, a table of tokens out."""
 
 from deepseek_ocr_vision.encoding.encode_pages import Summary, encode_pages
-from deepseek_ocr_vision.encoding.page_store import load_pages
+from deepseek_ocr_vision.encoding.table import load_pages
 
 
 __all__ = ["Summary", "encode_pages", "load_pages"]

@@ -1,15 +1,13 @@
 """Pages at scale: the right tokens, whatever they are read from, none twice and none lost, after any interruption."""
 
+import hashlib
 import io
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ from PIL import Image
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 from deepseek_ocr_vision.__main__ import main
 from deepseek_ocr_vision.encoding import Summary, encode_pages, load_pages
-from deepseek_ocr_vision.encoding.page_store import PageStore
+from deepseek_ocr_vision.encoding.table import TokenTable
 
 
 datasets = pytest.importorskip("datasets")
@@ -49,7 +47,7 @@ def write_pdf(path: Path, *seeds: int) -> Path:
 
 @pytest.fixture
 def scans(tmp_path) -> Path:
-    """A folder of seven pages: three pictures, one of them further inside, a PDF of three, and another picture."""
+    """A folder of seven pages: three images, one of them further inside, a PDF of three, and another picture."""
     folder = tmp_path / "scans"
     (folder / "inside").mkdir(parents=True)
     for seed, name in enumerate(["0.png", "1.png", "inside/2.png", "z.png"]):
@@ -68,12 +66,13 @@ def encode(inputs: Path | list, model: DeepSeekOCRVisionModel, out: Path, **opti
 
 def places(out: Path, root: Path) -> list[tuple[str, int]]:
     """Source and page of each row, in order."""
-    pages = load_pages(out)
-    return [(os.path.relpath(row["source"], root), row["page"]) for row in pages.remove_columns("tokens")]
+    pages = load_pages(out).with_format(None).select_columns(["source", "page"])
+    return [(os.path.relpath(row["source"], root), row["page"]) for row in pages]
 
 
 def tokens_by_page(out: Path) -> dict[tuple[str, int], torch.Tensor]:
-    rows = [((row["source"], row["page"]), row["tokens"]) for row in load_pages(out)]
+    table = TokenTable(out)
+    rows = [((row["source"], row["page"]), table.read(row["id"])) for row in load_pages(out)]
     assert len(dict(rows)) == len(rows)
     return dict(rows)
 
@@ -100,7 +99,7 @@ SEVEN = [("0.png", 0), ("1.png", 0), *(("book.pdf", page) for page in range(3)),
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_folder_becomes_the_models_own_tokens_bit_for_bit(tiny_model, scans, tmp_path, dtype):
-    """Pins order, pages of PDFs as they are drawn, and bfloat16, which Arrow does not have."""
+    """Pins order, pages of PDFs as they are drawn, and bfloat16, which Parquet does not have."""
     tiny_model.to(dtype)
     summary = encode(scans, tiny_model, tmp_path / "out")
     assert (summary.num_pages, summary.num_new, summary.problems) == (7, 7, [])
@@ -117,15 +116,19 @@ def test_a_folder_becomes_the_models_own_tokens_bit_for_bit(tiny_model, scans, t
         assert torch.equal(stored, tokens)
 
 
-def test_datasets_reads_the_folder_as_it_is(tiny_model, scans, tmp_path):
-    """Pins two lines without this package: rows in order, with their grid and the settings that made them."""
+def test_rows_say_what_they_are(tiny_model, scans, tmp_path):
+    """Pins ids, order, grids, means, and the settings that made them."""
     encode(scans, tiny_model, tmp_path / "out", pages_per_file=3)
-    pages = datasets.load_from_disk(tmp_path / "out")
+    pages = load_pages(tmp_path / "out")
     assert [os.path.relpath(source, scans) for source in pages["source"]] == [name for name, _ in SEVEN]
     assert pages["page"][:] == [page for _, page in SEVEN]
-    row = pages.with_format("torch")[6]
-    assert torch.equal(row["tokens"], load_pages(tmp_path / "out")[6]["tokens"])
-    assert (row["grid"].tolist(), row["patches_grid"].tolist()) == ([2, 2], [1, 1])
+    book = hashlib.sha256((scans / "book.pdf").read_bytes()).hexdigest()
+    assert pages["id"][2:5] == [f"{book}:{page}" for page in range(3)]
+    assert pages["id"][6] == hashlib.sha256(png(3)).hexdigest()
+    row = pages[6]
+    assert (row["grid"], row["patches_grid"], row["num_tokens"]) == ([2, 2], [1, 1], 4)
+    assert row["tokens"].shape == (4, 32)
+    assert torch.equal(row["pooled"], row["tokens"].mean(dim=0))
     settings = json.loads(pages.info.description)
     assert settings["feature_mode"] == "residual"
     assert settings["image_processor"]["size"] == {"height": 128, "width": 128}
@@ -167,13 +170,14 @@ def test_datasets_of_pictures_and_of_paths(tiny_model, scans, tmp_path):
     pictures.save_to_disk(tmp_path / "pictures")
     datasets.DatasetDict(test=paths).save_to_disk(tmp_path / "paths")
     summary = encode(tmp_path / "pictures", tiny_model, tmp_path / "out")
-    assert [(each.page, each.error) for each in summary.problems] == [(1, "ValueError: the row has no picture.")]
-    encode(tmp_path / "paths", tiny_model, tmp_path / "out", split="test", image_column="file")
-    actual = tokens_by_page(tmp_path / "out")
+    assert [(each.page, each.error) for each in summary.problems] == [(1, "the row has no image.")]
+    encode(tmp_path / "paths", tiny_model, tmp_path / "other", split="test", image_column="file")
+    actual = tokens_by_page(tmp_path / "out") | tokens_by_page(tmp_path / "other")
     first, second = tiny_model.encode([picture(0), picture(1)], image_processor=IMAGE_PROCESSOR)
     expected = {("pictures", 0): first, ("pictures", 2): second, ("paths", 0): second, ("paths", 1): first}
     assert actual.keys() == {(str(tmp_path / name), row) for name, row in expected}
     assert all(torch.equal(actual[str(tmp_path / name), row], expected[name, row]) for name, row in expected)
+    assert encode(tmp_path / "paths", tiny_model, tmp_path / "out", split="test", image_column="file").num_new == 0
 
 
 # Going on
@@ -201,32 +205,31 @@ def test_what_is_stored_is_not_computed_again_and_more_may_be_added(tiny_model, 
 
 
 def test_an_encoding_that_was_killed_goes_on_where_it_was(scans, tmp_path, capsys):
-    """Pins SIGKILL in the middle of the work, through the command: finished files stay, nothing is twice or lost."""
+    """Pins SIGKILL in the middle of the work, through the command: finished parts stay and can be read at once, and
+    nothing is twice, lost or left over.
+    """
     save_encoder(tmp_path / "encoder")
     command = ["encode", str(scans), "--model", str(tmp_path / "encoder"), "--out", str(tmp_path / "out")]
     command += ["--workers", "1", "--pages-per-file", "1", "--device", "cpu"]
     code = f"""if True:
-        import os, signal, sys
+        import os, signal
+        from pathlib import Path
         from deepseek_ocr_vision.__main__ import main
-        from deepseek_ocr_vision.encoding.token_store import TokenStore
-        write = TokenStore._write_stream
-        def write_and_die(self, path, batches):
-            written = write(self, path, batches)
-            if len(list(self.folder.glob("*.arrow"))) == 3:
+        replace = os.replace
+        def replace_or_die(source, target):
+            if len(list(Path(target).parent.glob("*.parquet"))) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return written
-        TokenStore._write_stream = write_and_die
+            replace(source, target)
+        os.replace = replace_or_die
         main({command!r})
     """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(list((tmp_path / "out").glob("*.arrow"))) == 3
-    assert len(list((tmp_path / "out" / ".work").glob("*.tmp"))) == 1
-    with pytest.raises(FileNotFoundError, match=r"no state\.json"):
-        load_pages(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob(".*.tmp"))) == 1
+    assert places(tmp_path / "out", scans) == SEVEN[:3]
     assert main(command) == 0
     assert "7 pages stored, 4 of them new" in capsys.readouterr().out
-    assert not list((tmp_path / "out" / ".work").glob("*.tmp"))
+    assert all(path.name == "settings.json" or path.suffix == ".parquet" for path in (tmp_path / "out").iterdir())
     model = DeepSeekOCRVisionModel.from_pretrained(tmp_path / "encoder")
     encode(scans, model, tmp_path / "untouched", pages_per_file=1)
     assert_same_tokens(tmp_path / "out", tmp_path / "untouched")
@@ -236,46 +239,6 @@ def test_an_encoding_that_was_killed_goes_on_where_it_was(scans, tmp_path, capsy
 def save_encoder(folder: Path) -> None:
     DeepSeekOCRVisionModel(tiny_config()).save_pretrained(folder)
     IMAGE_PROCESSOR.save_pretrained(folder)
-
-
-def test_processes_of_one_launch_share_the_pages(scans, tmp_path):
-    """Pins `accelerate launch`: each page once, by one of them, and no process that waits for another for ever."""
-    save_encoder(tmp_path / "encoder")
-    configuration = str(ROOT / "examples" / "accelerate" / "two_cpus.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration]
-    command = ["-m", "deepseek_ocr_vision", "encode", str(scans), "--model", str(tmp_path / "encoder")]
-    command += ["--out", str(tmp_path / "out"), "--workers", "0", "--pages-per-file", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    shares = re.findall(r"process (\d) of 2: 7 pages stored, (\d) of them new", result.stdout)
-    assert {number for number, _ in shares} == {"1", "2"}
-    assert sum(int(new) for _, new in shares) == 7
-    assert places(tmp_path / "out", scans) == SEVEN
-
-
-def test_a_piece_in_other_hands_is_left_to_them_and_taken_when_they_die(tiny_model, scans, tmp_path):
-    """Pins a process that takes pages and never stores them: the others compute the rest meanwhile, then these."""
-    order = []
-    tiny_model.register_forward_hook(lambda *_: order.append("encoded"))
-    pages = [(str(scans / name), page) for name, page in SEVEN]
-    encode(scans / "z.png", tiny_model, tmp_path / "out")
-    lock = PageStore.lock(load_store(tmp_path / "out", tiny_model), pages[:2])
-
-    def hold() -> None:
-        with lock:
-            held.set()
-            while len(order) < 5:
-                time.sleep(0.01)
-            order.append("died")
-
-    held = threading.Event()
-    other = threading.Thread(target=hold)
-    other.start()
-    held.wait()
-    assert encode(scans, tiny_model, tmp_path / "out").num_new == 6
-    other.join()
-    assert order == ["encoded"] * 5 + ["died"] + ["encoded"] * 2
 
 
 def test_processes_that_cut_the_work_differently_store_no_page_twice(tiny_model, scans, tmp_path):
@@ -295,12 +258,6 @@ def test_processes_that_cut_the_work_differently_store_no_page_twice(tiny_model,
     assert_same_tokens(tmp_path / "out", tmp_path / "untouched")
 
 
-def load_store(out: Path, model: DeepSeekOCRVisionModel) -> PageStore:
-    settings = json.loads((out / "settings.json").read_text())
-    del settings["layout"], settings["dtype"]
-    return PageStore(out, settings, dtype=model.dtype, width=model.config.hidden_size)
-
-
 def test_other_settings_are_refused_and_named(tiny_model, scans, tmp_path):
     """Pins tokens of two encoders, modes or resolutions in one dataset."""
     encode(scans / "0.png", tiny_model, tmp_path / "out")
@@ -313,7 +270,7 @@ def test_other_settings_are_refused_and_named(tiny_model, scans, tmp_path):
         encode(scans, tiny_model, tmp_path / "out", dpi=72)
     with pytest.raises(ValueError, match=r"dtype is 'torch.float32' there and 'torch.bfloat16' now"):
         encode(scans, tiny_model.to(torch.bfloat16), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds no encoded pages, but 'thesis.txt'"):
+    with pytest.raises(ValueError, match=r"holds no table of tokens, but 'thesis.txt'"):
         encode(scans, tiny_model, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     assert len(load_pages(tmp_path / "out")) == 1
@@ -366,21 +323,24 @@ def test_bad_files_are_named_and_the_rest_is_encoded(tiny_model, scans, tmp_path
     assert "truncated" in found["cut.png"]
     assert "cannot identify" in found["nothing.png"]
     assert "at 144 dpi the page has" in found["vast.pdf"]
-    (scans / "cut.png").write_bytes(png(0))
+    (scans / "cut.png").write_bytes(png(8))
     assert encode(scans, tiny_model, tmp_path / "out").num_new == 1
     assert errors(tmp_path / "out").keys() == {"broken.pdf", "locked.pdf", "nothing.png", "vast.pdf"}
     assert sorted(places(tmp_path / "out", scans)) == sorted([*SEVEN, ("cut.png", 0)])
 
 
-def test_a_file_that_has_changed_is_named(tiny_model, scans, tmp_path):
-    """Pins old tokens that pass for those of the new file."""
+def test_a_page_goes_by_its_content(tiny_model, scans, tmp_path):
+    """Pins old tokens that pass for those of a changed file, and pages that are computed again under another path."""
     encode(scans, tiny_model, tmp_path / "out")
-    write_pdf(scans / "book.pdf", 10, 11, 12, 13)
-    summary = encode(scans, tiny_model, tmp_path / "out")
-    assert summary.num_new == 0
-    assert errors(tmp_path / "out").keys() == {"book.pdf"}
-    assert "has changed" in errors(tmp_path / "out")["book.pdf"]
-    assert sorted(places(tmp_path / "out", scans)) == SEVEN
+    scans.rename(tmp_path / "moved")
+    (tmp_path / "moved" / "copy of 1.png").write_bytes(png(1))
+    counted = count_pages(tiny_model)
+    summary = encode(tmp_path / "moved", tiny_model, tmp_path / "out")
+    assert (summary.num_pages, summary.num_new, counted) == (8, 0, [])
+    (tmp_path / "moved" / "1.png").write_bytes(png(7))
+    assert encode(tmp_path / "moved", tiny_model, tmp_path / "out").num_new == 1
+    (expected,) = tiny_model.encode([picture(7)], image_processor=IMAGE_PROCESSOR)
+    assert torch.equal(TokenTable(tmp_path / "out").read(hashlib.sha256(png(7)).hexdigest()), expected)
 
 
 def test_tokens_that_are_not_finite_are_no_tokens(tiny_model, scans, tmp_path):
@@ -416,10 +376,13 @@ def test_exit_codes_tell_all_some_and_none(scans, tmp_path, capsys):
 WRONG = {
     "`inputs`": {"inputs": []},
     "`batch_size`": {"batch_size": 0},
-    "`num_workers`": {"num_workers": -1},
+    "`num_workers` is -1": {"num_workers": -1},
+    "`num_workers` is 0": {"timeout": 1},
     "`pages_per_file`": {"pages_per_file": 1.5},
+    "`tokens`": {"tokens": "float8"},
+    "`timeout`": {"timeout": 0, "num_workers": 1},
     "`dpi`": {"dpi": 0},
-    "There are no pictures": {"inputs": [ROOT / "configuration"]},
+    "There are no images": {"inputs": [ROOT / "configuration"]},
     "no file, folder or dataset '/nowhere": {"inputs": ["/nowhere/at all"]},
     "no file, folder or dataset 'nobody": {"inputs": ["nobody/nothing"]},
 }
@@ -429,6 +392,6 @@ WRONG = {
 def test_a_wrong_argument_is_named(tiny_model, scans, tmp_path, words):
     """Pins errors before anything is computed or written."""
     arguments = {"inputs": [scans]} | WRONG[words]
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=words):
         encode(arguments.pop("inputs"), tiny_model, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()

@@ -66,7 +66,7 @@ def open_the_demo(folder):
 @pytest.mark.parametrize(
     ("package", "ask"),
     [
-        ("datasets", encode_an_image),
+        ("pyarrow", encode_an_image),
         ("datasets", lambda folder: load_pages(folder)),
         ("datasets", store_features),
         ("pypdfium2", encode_a_pdf),

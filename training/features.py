@@ -1,37 +1,27 @@
 """A frozen encoder's tokens, computed once: `precompute_features`.
 
 A frozen encoder gives the same tokens for a page in every epoch, and computing them is most of what a training step
-costs. Here they are computed and stored; `deepseek_ocr_vision.training.precomputed` trains from them.
+costs. Here they are computed into a table; `deepseek_ocr_vision.training.precomputed` trains from them.
 
-Letters in the shapes: P pictures, N tokens of a picture, C channels.
+Letters in the shapes: N tokens of an image, C channels.
 """
 
 import hashlib
 import logging
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from filelock import Timeout
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.feature_extraction_utils import BatchFeature
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
-from deepseek_ocr_vision.encoding.batches import are_alike, encode_batch
-from deepseek_ocr_vision.training.feature_store import (
-    STORED_TYPES,
-    FeatureStore,
-    ReadFeatures,
-    encoder_fingerprint,
-    image_processor_settings,
-)
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some, require_choice, require_integer
+from deepseek_ocr_vision.encoding.encode_pages import encode_missing
+from deepseek_ocr_vision.encoding.encoder import Encoder, Page
+from deepseek_ocr_vision.encoding.sources import Column, content_of, digest_of
+from deepseek_ocr_vision.encoding.table import STORED_TYPES, TokenTable, canonical
 
 
 if TYPE_CHECKING:
@@ -40,10 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BadPicture = Literal["raise", "skip"]
-
-NUM_NAMED = 10
-"""Bad pictures that a warning names before it only counts them."""
+BadImage = Literal["raise", "skip"]
 
 
 def precompute_features(
@@ -56,84 +43,78 @@ def precompute_features(
     features_column: str = "features",
     dtype: torch.dtype | None = None,
     batch_size: int = 1,
-    pictures_per_file: int = 128,
+    pages_per_file: int = 128,
     num_workers: int = 0,
-    on_bad_picture: BadPicture = "raise",
+    on_bad_image: BadImage = "raise",
     show_progress: bool = True,
 ) -> "datasets.Dataset":
-    """Compute the tokens of every picture of a dataset, once, and store them where the next call finds them.
+    """Compute the tokens of every image of a dataset, once, and store them where the next call finds them.
 
-    Tokens are stored under the SHA-256 of the picture's file, so a picture that occurs twice, in another row, under
-    another name or in another dataset, is computed once. What was interrupted goes on after the last file that was
+    Tokens are stored under the SHA-256 of the image's file, so an image that occurs twice, in another row, under
+    another name or in another dataset, is computed once. What was interrupted goes on after the last part that was
     finished. An encoder with other weights, another image processor or another `dtype` computes everything anew, into
-    a folder of its own. Several processes with one `cache_dir`, those of one launch or others, share the work: each
-    takes the next piece that nobody computes, and each returns when the last piece is done.
+    a table of its own, which `load_pages` and every reader of Parquet read.
 
-    The result has the dataset's columns and one more. That one holds row numbers of what is stored, and a transform of
-    the dataset turns them into tokens whenever rows are read. `select`, `shuffle`, `train_test_split` and
-    `remove_columns` keep the transform; `with_format` replaces it, and `save_to_disk` writes the numbers alone. Remove
-    the column of pictures before training, or each is decoded for nothing. `datasets` copies a dataset that is
-    shuffled or split already when a column is added, so do that afterwards.
+    The result has the dataset's columns and one more. That one holds the `id` of the tokens in the table, and a
+    transform of the dataset turns ids into tokens whenever rows are read. `select`, `shuffle`, `train_test_split` and
+    `remove_columns` keep the transform; `with_format` replaces it, and exports have the ids. Remove the column of
+    images before training, or each is decoded for nothing. `datasets` copies a dataset that is shuffled or split
+    already when a column is added, so do that afterwards.
 
     Args:
-        dataset: One split. A transform of its own is refused: it would change pictures after their tokens were
-            computed. For the same reason nothing random can be done to pictures whose tokens are stored.
+        dataset: One split. A transform of its own is refused: it would change images after their tokens were
+            computed. For the same reason nothing random can be done to images whose tokens are stored.
         model: The encoder. It computes in its own dtype, without autocast.
         processor: Its processor, a `LlavaProcessor` around its image processor, or the image processor itself.
-        cache_dir: Folder for the tokens. A page of 256 tokens, 1024 wide, takes 0.5 MB in 16 bits, 1 MB in 32.
-        image_column: Column of the pictures: of type `datasets.Image`, or paths of files; one a row, or a list. A row
+        cache_dir: Folder for the tables. A page of 256 tokens, 1024 wide, takes 0.4 MB in 16 bits, 1 MB in 32.
+        image_column: Column of the images: of type `datasets.Image`, or paths of files; one a row, or a list. A row
             may have none.
         features_column: Name of the column to add.
         dtype: What to store: float64, float32, float16 or bfloat16. Defaults to the model's, which is exact.
-        batch_size: Pictures that pass through the model at once, as far as they are of one size.
-        pictures_per_file: Pictures of a piece of work, which is the most that a process loses when it is killed.
-        num_workers: Threads that read and prepare pictures while the model computes.
-        on_bad_picture: Whether a picture that cannot be read is an error, or its row is left out, with a warning.
+        batch_size: Images that pass through the model at once, as far as they are of one size.
+        pages_per_file: Images of a part, which is the most that is lost when the process is killed.
+        num_workers: Processes that read and prepare images while the model computes.
+        on_bad_image: Whether an image that cannot be read is an error, or its row is left out, with a warning.
         show_progress: Whether to draw bars.
 
     Returns:
         The dataset with tokens [N, model.config.hidden_size], on the CPU, in `features_column`; `None` where a row has
-        no picture; of a column of lists, a list of such.
+        no image; of a column of lists, a list of such.
 
     Raises:
         ImportError: `datasets` is not installed.
         TypeError: `dataset`, `model`, `processor` or the column is of none of the types above.
-        ValueError: An argument has a value that is not allowed; a picture cannot be read, which names its row; tokens
-            are not finite in `dtype`; a stored file is damaged.
-        OSError: The file of a picture cannot be read, which names its row; or the disk is full: then what is finished
+        ValueError: An argument has a value that is not allowed; an image cannot be read, which names its row; tokens
+            are not finite in `dtype`; a stored part is damaged.
+        OSError: The file of an image cannot be read, which names its row; or the disk is full: then what is finished
             stays, and the next call goes on.
     """
     _require_datasets()
     _check_model(model)
-    image_processor = _image_processor_of(processor)
-    dtype = model.dtype if dtype is None else dtype
-    _check_choices(dtype, on_bad_picture)
-    _check_integers(1, batch_size=batch_size, pictures_per_file=pictures_per_file)
-    _check_integers(0, num_workers=num_workers)
-    pictures = Pictures.of(dataset, column=image_column, features_column=features_column)
+    stored = _stored_type(model.dtype if dtype is None else dtype)
+    require_choice("on_bad_image", on_bad_image, get_args(BadImage))
+    require_integer("batch_size", batch_size, at_least=1)
+    require_integer("pages_per_file", pages_per_file, at_least=1)
+    require_integer("num_workers", num_workers, at_least=0)
+    encoder = Encoder(model, _image_processor_of(processor), stored, batch_size)
+    _check_dataset(dataset, features_column)
+    images = Images(Column.of(dataset, "dataset", image_column), raises=on_bad_image == "raise")
 
-    encoder = encoder_fingerprint(model)
-    settings = {
-        "encoder": encoder,
-        "image_processor": image_processor_settings(image_processor),
-        "mode": pictures.mode,
-    }
-    store = FeatureStore(cache_dir, settings, dtype=dtype, width=model.config.hidden_size)
-    work = Work(
-        store=store,
-        pictures=pictures,
-        model=model,
-        image_processor=image_processor,
-        bad_pictures=BadPictures(raises=on_bad_picture == "raise"),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        show_progress=show_progress,
-    )
-    keys = work.read_keys()
-    work.run(pictures_per_file)
-    work.bad_pictures.warn()
-    transform = ReadFeatures(features_column, store.rows(), dtype, encoder)
-    return _with_column(dataset, transform, keys=keys, store=store, is_list=pictures.is_list)
+    settings = encoder.settings(image_mode=images.column.mode)
+    name = hashlib.sha256(canonical(settings)).hexdigest()[:32]
+    table = TokenTable(os.path.join(cache_dir, name), settings)
+    try:
+        ids = images.read_ids(show_progress)
+        work = {"num_workers": num_workers, "timeout": None, "pages_per_file": pages_per_file}
+        with tqdm(total=len(images.pages), desc="Computing features", disable=not show_progress) as bar:
+            bar.update(sum(id in table for id in images.pages))
+            for rows in encode_missing(table, encoder, {"dataset": images.column}, images.pages.values(), **work):
+                images.note(rows.select(["id", "error", "is_os_error"]).to_pylist())
+                bar.update(len(rows))
+    finally:
+        table.close()
+    images.warn()
+    return _with_column(dataset, ids, ReadFeatures(features_column, TokenTable(table.location)), images.column.is_list)
 
 
 # Arguments
@@ -155,6 +136,13 @@ def _check_model(model: Any) -> None:
         )
 
 
+def _stored_type(dtype: Any) -> str:
+    names = {of: name for name, of in STORED_TYPES.items() if of is not None and of.is_floating_point}
+    if dtype not in names:
+        raise ValueError(f"`dtype` is {dtype!r}; it has to be one of {list(names)}.")
+    return names[dtype]
+
+
 def _image_processor_of(processor: Any) -> Any:
     image_processor = getattr(processor, "image_processor", processor)
     if not callable(image_processor) or not hasattr(image_processor, "to_dict"):
@@ -164,101 +152,7 @@ def _image_processor_of(processor: Any) -> Any:
     return image_processor
 
 
-def _check_choices(dtype: Any, on_bad_picture: Any) -> None:
-    if dtype not in STORED_TYPES:
-        raise ValueError(f"`dtype` is {dtype!r}; it has to be one of {list(STORED_TYPES)}.")
-    if on_bad_picture not in get_args(BadPicture):
-        raise ValueError(f"`on_bad_picture` is {on_bad_picture!r}; it has to be one of {list(get_args(BadPicture))}.")
-
-
-def _check_integers(least: int, **values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"`{name}` is {value!r}; it has to be an integer, at least {least}.")
-
-
-# Pictures
-
-
-StoredPicture = dict[str, Any] | str | None
-"""A picture in an Arrow table: `bytes` and `path`, one of which may be `None`, or a path alone."""
-
-
-class Place(NamedTuple):
-    """Where a picture is in a dataset."""
-
-    row: int
-    index: int
-    """Among the pictures of the row."""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The pictures of a column, not decoded.
-
-    Attributes:
-        cells: The column alone, read as Arrow tables: bytes of files, or paths.
-        column: Its name.
-        is_list: Whether a row has a list of pictures.
-        mode: Mode that `datasets` converts them to, such as `"RGB"`, or `None`.
-    """
-
-    cells: "datasets.Dataset"
-    column: str
-    is_list: bool
-    mode: str | None
-
-    @classmethod
-    def of(cls, dataset: Any, *, column: str, features_column: str) -> "Pictures":
-        """Those of a dataset, once its columns are found to be right."""
-        import datasets
-
-        _check_dataset(dataset, column, features_column)
-        feature = dataset.features[column]
-        is_list = isinstance(feature, datasets.List | datasets.LargeList)
-        picture = feature.feature if is_list else feature
-        if not isinstance(picture, datasets.Image) and picture != datasets.Value("string"):
-            raise TypeError(
-                f"Column {column!r} is {feature}; it has to hold pictures or paths, or lists of them. "
-                f"`dataset.cast_column({column!r}, datasets.Image())` makes pictures of what can be read as such."
-            )
-        # As Arrow has them, pictures are not decoded.
-        cells = dataset.select_columns(column).with_format("arrow")
-        return cls(cells, column, is_list, getattr(picture, "mode", None))
-
-    def __len__(self) -> int:
-        """The number of rows."""
-        return len(self.cells)
-
-    def __iter__(self) -> Iterator[list[StoredPicture]]:
-        """The pictures of each row."""
-        for rows in self.cells.iter(batch_size=1):
-            yield self._pictures(rows)
-
-    def _pictures(self, row: Any) -> list[StoredPicture]:
-        """The pictures of a table of one row."""
-        (cell,) = row[self.column].to_pylist()
-        if self.is_list:
-            return cell or []
-        return [] if cell is None else [cell]
-
-    def name(self, place: Place) -> str:
-        """How an error names a picture."""
-        name = f"Row {place.row}, column {self.column!r}"
-        return f"{name}, picture {place.index}" if self.is_list else name
-
-    def read(self, place: Place) -> bytes:
-        """A picture's file."""
-        return file_of(self._pictures(self.cells[place.row])[place.index])
-
-    def decode(self, file: bytes) -> Image.Image:
-        """The picture as a row of the dataset has it."""
-        import datasets
-
-        return datasets.Image(mode=self.mode).decode_example({"bytes": file, "path": None})
-
-
-def _check_dataset(dataset: Any, column: str, features_column: str) -> None:
+def _check_dataset(dataset: Any, features_column: str) -> None:
     import datasets
 
     if not isinstance(dataset, datasets.Dataset):
@@ -266,201 +160,112 @@ def _check_dataset(dataset: Any, column: str, features_column: str) -> None:
             f"`dataset` is a {type(dataset).__name__}; it has to be a datasets.Dataset, one split that is no stream. "
             "Dataset.from_list and Dataset.from_generator make one of other data."
         )
-    if column not in dataset.column_names:
-        raise ValueError(f"`image_column` is {column!r}; the dataset has {dataset.column_names}.")
     if features_column in dataset.column_names:
         raise ValueError(
             f"`features_column` is {features_column!r}, but the dataset has a column of that name already."
         )
     if dataset.format["type"] == "custom":
         raise ValueError(
-            "`dataset` has a transform, so that pictures in training would not be those whose tokens are stored. Make "
+            "`dataset` has a transform, so that images in training would not be those whose tokens are stored. Make "
             "it part of the data by `map`, or take it off by `reset_format`."
         )
 
 
-def file_of(picture: StoredPicture) -> bytes:
-    """The file of a picture as `datasets` stores it: bytes, or a path."""
-    if picture is None:
-        raise ValueError("the picture is None; leave it out of the list.")
-    if isinstance(picture, str):
-        picture = {"bytes": None, "path": picture}
-    return Path(picture["path"]).read_bytes() if picture["bytes"] is None else picture["bytes"]
-
-
-def key_of(file: bytes) -> str:
-    """What a picture is stored under.
-
-    It is taken of the file and not of pixels, for which every picture would have to be decoded at every call. Saved in
-    another way, a picture counts as another one then, which costs time and is never wrong.
-    """
-    return hashlib.sha256(file).hexdigest()
+# Images
 
 
 @dataclass
-class BadPictures:
-    """Pictures that cannot be read: an error each, or kept for a warning at the end."""
+class Images:
+    """The images of a column, each with the place where it is found first.
 
+    Attributes:
+        column: The column.
+        raises: Whether one that cannot be read is an error, or kept for a warning at the end.
+        pages: By id.
+        bad: Those that cannot be read, as the warning names them.
+    """
+
+    column: Column
     raises: bool
-    messages: list[str] = field(default_factory=list)
+    pages: dict[str, Page] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
 
-    def add(self, name: str, error: Exception) -> None:
-        """Take notice of one, or raise."""
-        message = f"{name}: {error}"
+    def read_ids(self, show_progress: bool) -> list[list[str | None]]:
+        """The ids of each row's images, `None` for one that cannot be read."""
+        cells = tqdm(self.column.cells(), total=len(self.column), desc="Reading images", disable=not show_progress)
+        return [
+            [self._read_id(image, row, index) for index, image in enumerate(images)]
+            for row, images in enumerate(cells)
+        ]
+
+    def _read_id(self, image: Any, row: int, index: int) -> str | None:
+        try:
+            id = digest_of(content_of(image))[0]
+        except (OSError, ValueError) as error:
+            self._refuse(row, index, str(error), isinstance(error, OSError))
+            return None
+        self.pages.setdefault(id, Page(id, self.column.name, row, index))
+        return id
+
+    def note(self, rows: list[dict[str, Any]]) -> None:
+        """Take notice of rows that may have an error."""
+        for row in rows:
+            if row["error"] is not None:
+                page = self.pages[row["id"]]
+                self._refuse(page.number, page.index, row["error"], row["is_os_error"])
+
+    def _refuse(self, row: int, index: int, error: str, is_os_error: bool) -> None:
+        which = f", image {index}" if self.column.is_list else ""
+        message = f"Row {row}, column {self.column.column!r}{which}: {error}"
         if self.raises:
-            raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
-        self.messages.append(message)
+            raise OSError(message) if is_os_error else ValueError(message)
+        self.bad.append(message)
 
     def warn(self) -> None:
         """Name those that were passed over."""
-        if self.messages:
-            more = len(self.messages) - NUM_NAMED
-            named = self.messages[:NUM_NAMED] + ([f"and {more} more"] if more > 0 else [])
-            logger.warning("Left out the rows of %d pictures:\n%s", len(self.messages), "\n".join(named))
-
-
-# Tokens
-
-
-Prepared = tuple[str, BatchFeature | Exception]
-"""A picture's key, and what the model reads, or why there is no such thing."""
-
-
-@dataclass(kw_only=True)
-class Work:
-    """Fills a store with the tokens of a dataset's pictures, beside other processes that do the same."""
-
-    store: FeatureStore
-    pictures: Pictures
-    model: PreTrainedModel
-    image_processor: Any
-    bad_pictures: BadPictures
-    batch_size: int
-    num_workers: int
-    show_progress: bool
-    places: dict[str, Place] = field(default_factory=dict)
-
-    def read_keys(self) -> list[list[str | None]]:
-        """The keys of each row's pictures, `None` for one that cannot be read. Notes where each is found first."""
-        bar = tqdm(self.pictures, desc="Reading pictures", disable=not self.show_progress)
-        return [
-            [self._read_key(picture, Place(row, index)) for index, picture in enumerate(pictures)]
-            for row, pictures in enumerate(bar)
-        ]
-
-    def _read_key(self, picture: StoredPicture, place: Place) -> str | None:
-        try:
-            key = key_of(file_of(picture))
-        except (OSError, ValueError) as error:
-            self.bad_pictures.add(self.pictures.name(place), error)
-            return None
-        self.places.setdefault(key, place)
-        return key
-
-    def run(self, pictures_per_file: int) -> None:
-        """Compute what is not stored, in pieces that do not depend on what is, so that processes agree on them."""
-        keys = list(self.places)
-        pieces = [keys[start : start + pictures_per_file] for start in range(0, len(keys), pictures_per_file)]
-        with tqdm(total=len(keys), desc="Computing features", disable=not self.show_progress) as bar:
-            in_other_hands = [piece for piece in pieces if not self._fill(piece, bar, wait=False)]
-            for piece in in_other_hands:
-                self._fill(piece, bar, wait=True)
-
-    def _fill(self, piece: list[str], bar: tqdm, *, wait: bool) -> bool:
-        """Compute what a piece lacks, unless another process is at it and this one does not wait."""
-        if all(key in self.store for key in piece):
-            bar.update(len(piece))
-            return True
-        try:
-            with self.store.lock(piece).acquire(timeout=-1 if wait else 0):
-                self.store.refresh()
-                missing = [key for key in piece if key not in self.store]
-                bar.update(len(piece) - len(missing))
-                self.store.write(piece, self._computed(missing, bar))
-        except Timeout:
-            return False
-        self.store.refresh()
-        return True
-
-    def _computed(self, keys: list[str], bar: tqdm) -> Iterator[dict[str, list]]:
-        """Keys and tokens, batch by batch; those of bad pictures are left out."""
-        for batch in self._batches(_ahead(self._prepared, keys, self.num_workers)):
-            yield {"key": [key for key, _ in batch], "tokens": self._encoded(batch)}
-            bar.update(len(batch))
-
-    def _prepared(self, key: str) -> Prepared:
-        """What the model reads of a picture. An error is returned: it is the reader's to say what comes of it."""
-        try:
-            file = self.pictures.read(self.places[key])
-            if key_of(file) != key:
-                raise ValueError("the file changed while features were being computed.")
-            return key, self.image_processor(self.pictures.decode(file), return_tensors="pt")
-        except MemoryError:
-            raise
-        except Exception as error:
-            # Pillow's decoders raise whatever the broken bytes lead them to: SyntaxError, struct.error, EOFError, ...
-            return key, error
-
-    def _batches(self, prepared: Iterable[Prepared]) -> Iterator[list[tuple[str, BatchFeature]]]:
-        batch: list[tuple[str, BatchFeature]] = []
-        for key, inputs in prepared:
-            if isinstance(inputs, Exception):
-                self.bad_pictures.add(self.pictures.name(self.places[key]), inputs)
-                continue
-            if batch and (len(batch) == self.batch_size or not are_alike(batch[0][1], inputs)):
-                yield batch
-                batch = []
-            batch.append((key, inputs))
-        if batch:
-            yield batch
-
-    def _encoded(self, batch: list[tuple[str, BatchFeature]]) -> list[torch.Tensor]:
-        """The tokens [N, C] of each picture of a batch."""
-        tokens = encode_batch(self.model, [inputs for _, inputs in batch], dtype=self.store.dtype)
-        for (key, _), each in zip(batch, tokens, strict=True):
-            if not each.isfinite().all():
-                name = self.pictures.name(self.places[key])
-                raise ValueError(f"{name}: its tokens are not finite in {self.store.dtype}; `dtype` may take another.")
-        return tokens
-
-
-def _ahead(function: Callable[[str], Prepared], keys: list[str], num_threads: int) -> Iterator[Prepared]:
-    """`map`, computed by threads some items ahead. Pillow and PyTorch let go of the interpreter while they work."""
-    if num_threads == 0:
-        yield from map(function, keys)
-        return
-    with ThreadPoolExecutor(num_threads) as pool:
-        pending = deque()
-        for key in keys:
-            pending.append(pool.submit(function, key))
-            if len(pending) > 2 * num_threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        if self.bad:
+            logger.warning("Left out the rows of %d images:\n%s", len(self.bad), list_some(self.bad, separator="\n"))
 
 
 # The result
 
 
+@dataclass(frozen=True, eq=False)
+class ReadFeatures:
+    """Puts tokens in the place of their ids whenever rows of a dataset are read: what `with_transform` takes.
+
+    Attributes:
+        column: Column of the dataset with the ids: one a row, `None`, or a list.
+        table: What is stored.
+    """
+
+    column: str
+    table: TokenTable
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
+        """Rows as columns, with tokens [N, C] where there was an id."""
+        if self.column not in rows:
+            return rows
+        return rows | {self.column: [self._tokens(ids) for ids in rows[self.column]]}
+
+    def _tokens(self, ids: str | list[str] | None) -> Any:
+        if isinstance(ids, list):
+            return [self._tokens(each) for each in ids]
+        return None if ids is None else self.table.read(ids)
+
+
 def _with_column(
-    dataset: "datasets.Dataset",
-    transform: ReadFeatures,
-    *,
-    keys: list[list[str | None]],
-    store: FeatureStore,
-    is_list: bool,
+    dataset: "datasets.Dataset", ids: list[list[str | None]], transform: ReadFeatures, is_list: bool
 ) -> "datasets.Dataset":
-    """The dataset with the column of features, less the rows whose pictures could not be read."""
+    """The dataset with the column of features, less the rows whose images could not be read."""
     import datasets
 
-    is_complete = [all(key in store for key in row) for row in keys]
-    column = [[store.row_of(key) for key in row if key in store] for row in keys]
-    feature = datasets.Value("int64")
-    if is_list:
-        feature = datasets.List(feature)
-    else:
-        column = [numbers[0] if numbers else None for numbers in column]
-    dataset = dataset.with_format(None).add_column(transform.column, column, feature=feature)
+    is_complete = [all(id in transform.table for id in row) for row in ids]
+    feature = datasets.Value("string")
+    column = ids if is_list else [row[0] if row else None for row in ids]
+    dataset = dataset.with_format(None).add_column(
+        transform.column, column, feature=datasets.List(feature) if is_list else feature
+    )
     if not all(is_complete):
         dataset = dataset.select([row for row, complete in enumerate(is_complete) if complete])
     return dataset.with_transform(transform)

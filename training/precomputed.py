@@ -18,8 +18,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
+from deepseek_ocr_vision.encoding.encoder import encoder_fingerprint
 from deepseek_ocr_vision.training.collator import ImageTextCollator, PaddingSide
-from deepseek_ocr_vision.training.feature_store import ReadFeatures, encoder_fingerprint
+from deepseek_ocr_vision.training.features import ReadFeatures
 
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _check_encoder(encoder: PreTrainedModel, pages: Sequence[Any]) -> None:
         raise TypeError("Give the datasets that `precompute_features` returned: precomputed_features(model, pages).")
     fingerprint = encoder_fingerprint(encoder)
     for index, dataset in enumerate(pages):
-        if _transform_of(dataset, index).encoder != fingerprint:
+        if _transform_of(dataset, index).table.settings["encoder"] != fingerprint:
             raise ValueError(
                 f"Dataset {index} has features of another encoder than the one in the model, by weights, dtype or "
                 "configuration. Compute them by the model's own, in a LLaVA `llava.model.vision_tower`."
@@ -198,7 +199,7 @@ class FeatureCollator(ImageTextCollator):
                 raise TypeError(
                     f"Sample {index} of the batch has a {type(each).__name__} under {self.features_column!r} that is "
                     "no floating-point tensor [tokens, channels]. The transform that reads features gets lost by "
-                    "`with_format` and `save_to_disk`; call `precompute_features` again, which finds what is stored."
+                    "`with_format`; call `precompute_features` again, which finds what is stored."
                 )
         others = {name: value for name, value in sample.items() if name not in ("image", "images")}
         return others | {"images": features}

@@ -1,0 +1,131 @@
+"""`map` in processes that may hang or die: the item is named and lost then, and the rest goes on."""
+
+import multiprocessing
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+import torch.multiprocessing  # tensors go from process to process in shared memory
+
+
+Item = TypeVar("Item")
+_CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+
+
+class Failure(NamedTuple):
+    """Why there is no result."""
+
+    error: str
+    is_os_error: bool = False
+
+
+def attempt(function: Callable[[Item], Any], item: Item) -> Any:
+    """What a function returns, or a `Failure` for what it raises."""
+    try:
+        return function(item)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Decoders raise whatever the broken bytes lead them to: SyntaxError, struct.error, PdfiumError, ...
+        return Failure(f"{type(error).__name__}: {error}", isinstance(error, OSError))
+
+
+def map_in_processes(
+    function: Callable[[Item], Any],
+    items: Iterable[Item],
+    *,
+    num_workers: int,
+    ahead: int = 0,
+    timeout: Callable[[Item], float | None] = lambda item: None,
+) -> Iterator[tuple[Item, Any]]:
+    """Each item with what a function makes of it, or the `Failure` to do so, in order.
+
+    Args:
+        function: What to call.
+        items: What to call it with; read as far ahead as there is work.
+        num_workers: Processes. With 0 this one works, item by item, and no time limit holds.
+        ahead: How many results may wait, if more than one for each process.
+        timeout: Seconds that an item may take. Then its process is killed, whatever it is doing.
+    """
+    if num_workers == 0:
+        yield from ((item, attempt(function, item)) for item in items)
+        return
+    workers = [_Worker(function) for _ in range(num_workers)]
+    free, pending = deque(workers), deque()
+    threads = ThreadPoolExecutor(num_workers)
+
+    def call(item: Item) -> Any:
+        worker = free.popleft()
+        try:
+            return worker.call(item, timeout(item))
+        finally:
+            free.append(worker)
+
+    try:
+        for item in items:
+            pending.append((item, threads.submit(call, item)))
+            if len(pending) > num_workers + max(num_workers, ahead):
+                first, future = pending.popleft()
+                yield first, future.result()
+        for item, future in pending:
+            yield item, future.result()
+    finally:
+        for worker in workers:
+            worker.stop()
+        threads.shutdown(cancel_futures=True)
+
+
+class _Worker:
+    """A process that calls a function, and another one in its place when it is killed."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function = function
+        self.is_stopped = False
+        self._start()
+
+    def _start(self) -> None:
+        self.connection, theirs = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_serve, args=(self.function, theirs, self.connection), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def call(self, item: Any, timeout: float | None) -> Any:
+        for _ in range(2):
+            try:
+                self.connection.send(item)
+                if self.connection.poll(timeout):
+                    return self.connection.recv()
+                error = f"TimeoutError: it took longer than {timeout:g} seconds."
+                self._restart()
+                return Failure(error)
+            except (EOFError, OSError):
+                # It was killed, perhaps by the system for its memory, or the item made a decoder crash.
+                if self.is_stopped:
+                    break
+                self._restart()
+        return Failure("the process that read it died twice.")
+
+    def _restart(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        if not self.is_stopped:
+            self._start()
+
+    def stop(self) -> None:
+        self.is_stopped = True
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(function: Callable[[Any], Any], connection: Any, other_end: Any) -> None:
+    other_end.close()  # or it would stay open when the process that asks is killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; it ends this one
+    torch.set_num_threads(1)
+    with suppress(EOFError, OSError):  # nobody asks any more
+        while True:
+            connection.send(attempt(function, connection.recv()))
