@@ -68,14 +68,12 @@ class Leg:
     minutes: float = 0.0
 
 
-def lower_bounds(setup: str) -> dict[str, str]:
-    """The lowest version that the text of a setup.cfg allows of each package, itself aside."""
+def lower_bounds(setup: str, extras: Sequence[str]) -> dict[str, str]:
+    """The lowest version of each package that the text of a setup.cfg requires, itself aside, and of its extras."""
     parser = configparser.ConfigParser()
     parser.read_string(setup)
-    requirements = parser["options"]["install_requires"].split("\n")
-    for packages in parser["options.extras_require"].values():
-        requirements += packages.split("\n")
-    found = (re.match(r"([\w.-]+)(?:\[\w+\])?>=([\w.]+)", requirement.strip()) for requirement in requirements)
+    packages = [parser["options"]["install_requires"], *(parser["options.extras_require"][name] for name in extras)]
+    found = (re.match(r"([\w.-]+)(?:\[\w+\])?>=([\w.]+)", line) for text in packages for line in text.split("\n"))
     return {match[1]: match[2] for match in found if match}
 
 
@@ -86,7 +84,13 @@ def tested_versions(constraints: str) -> dict[str, str]:
 
 def constraints_of(name: str, torch: str) -> dict[str, str]:
     """The exact versions that a leg is held to: all lowest ones, or none; torch may be the tested one in both."""
-    versions = lower_bounds((ROOT / "setup.cfg").read_text()) if name == OLDEST else {}
+    versions = {}
+    if name == OLDEST:
+        setup = (ROOT / "setup.cfg").read_text()
+        test_packages = {
+            each: version for each, version in lower_bounds(setup, ["dev"]).items() if each in TEST_PACKAGES
+        }
+        versions = lower_bounds(setup, EXTRAS) | test_packages
     if torch == "tested":
         versions |= tested_versions((ROOT / "constraints.txt").read_text())
     return versions
