@@ -38,6 +38,8 @@ from deepseek_ocr_vision.training import (
 )
 
 
+__version__ = "0.2.0"
+
 __all__ = [
     "LORA_TARGETS",
     "MODES",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor, hub_upload
+from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor, __version__, hub_upload
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
 from deepseek_ocr_vision.encoding import encode_pages
@@ -149,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         description="The DeepSeek-OCR vision encoder: its weights out of a released checkpoint, back into one, and "
         "onto the Hub, and what it sees on a page. Each command has its own --help.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_extract(commands)
     _add_write_back(commands)

@@ -1,6 +1,7 @@
 """The shape of the house: who imports whom, and what an installation holds."""
 
 import ast
+import configparser
 import re
 import shutil
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, run_python
+
+from deepseek_ocr_vision import __version__
+from deepseek_ocr_vision.__main__ import main
 
 
 TRAVELLING = {
@@ -60,6 +64,14 @@ def test_folders_import_one_way(folder):
         assert imported_folders(path) <= MAY_IMPORT[folder], path
 
 
+def test_the_table_of_contributing_says_who_imports_whom():
+    """Pins a table that said other things than the test above, which is what counts."""
+    rows = re.findall(r"^\| `(\w+)/` \|.*\| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [folder for folder, _ in rows] == list(FOLDERS)
+    for folder, may_import in rows:
+        assert set(re.findall(r"`(\w+)`", may_import)) == MAY_IMPORT[folder], folder
+
+
 def test_importing_the_package_registers_all_four_auto_classes():
     """Pins the front door, in a fresh interpreter."""
     output = run_python("""
@@ -84,7 +96,20 @@ def test_the_wheel_holds_the_package_and_no_tests(tmp_path):
     shutil.copytree(ROOT, copy, ignore=passed_over)
     subprocess.run(command, cwd=copy, capture_output=True, check=True)
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"deepseek_ocr_vision-{__version__}-")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    expected |= {"__init__.py", "__main__.py", "app.py", "hub_upload.py", "model_card.md"}
+    expected |= {"__init__.py", "__main__.py", "app.py", "hub_upload.py", "model_card.md", "py.typed"}
     assert names == {f"deepseek_ocr_vision/{name}" for name in expected}
+
+
+def test_the_version_is_in_one_place_and_in_the_changelog(capsys):
+    """Pins a release whose metadata, command line and changelog say different things."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert setup["metadata"]["version"] == "attr: deepseek_ocr_vision.__version__"
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"deepseek-ocr-vision {__version__}\n")
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == __version__
