@@ -1,7 +1,8 @@
 """The command line: `deepseek-ocr-vision COMMAND`, or `python -m deepseek_ocr_vision COMMAND`.
 
 Thin over the package: `extract` is `from_deepseek_ocr`, `write-back` is `write_deepseek_ocr`, `show` is
-`visualize.draw_sheet`, `encode` is `encoding.encode_pages`, `upload` is `hub_upload`.
+`visualize.draw_sheet`, `encode` is `encoding.encode_pages`, `read` is `composites.read_pages`, `upload` is
+`hub_upload`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisi
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
 from deepseek_ocr_vision.encoding import encode_pages
+from deepseek_ocr_vision.encoding.sources import find_pages
 from deepseek_ocr_vision.encoding.threads import fit_threads
 from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
@@ -100,6 +102,36 @@ def encode(options: argparse.Namespace) -> int:
     return SOME_FAILED if summary.num_pages else FAILED
 
 
+def read(options: argparse.Namespace) -> int:
+    """Write the text of pages to the standard output, token by token."""
+    from transformers import TextStreamer
+
+    from deepseek_ocr_vision.composites.read_pages import load_reader, prompt_of, read_page
+
+    prompt = prompt_of(options.prompt)
+    where = {"dpi": options.dpi, "split": "train", "image_column": "image", "num_workers": 0, "timeout": None}
+    sources, pages, problems = find_pages(options.pages, **where)
+    names = ("mode", "dtype", "device", "revision", "cache_dir")
+    model, processor = load_reader(options.model, **{name: getattr(options, name) for name in names})
+    names = ("max_new_tokens", "ngram_size", "window_size")
+    choices = {name: getattr(options, name) for name in names} | {"prompt": prompt}
+    failed = [f"{problem.source}: {problem.error}" for problem in problems]
+    num_read = 0
+    for page in pages:
+        name = f"{page.source}, page {page.number + 1}"
+        sys.stderr.write(f"{name}\n")
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            read_page(model, processor, sources[page.source].read(page), **choices, streamer=streamer)
+            num_read += 1
+        except (OSError, ValueError) as error:
+            failed.append(f"{name}: {error}")
+    sys.stderr.writelines(f"Not read: {line}\n" for line in failed)
+    if not failed:
+        return 0
+    return SOME_FAILED if num_read else FAILED
+
+
 def _sheets(pages: Sequence[Path], out: str | None) -> list[Path]:
     """Where the sheet of each page goes; whatever can be wrong about pages and places is found before any work."""
     for page in pages:
@@ -156,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_show(commands)
     _add_encode(commands)
+    _add_read(commands)
     upload = commands.add_parser("upload", help="publish an encoder on the Hub", **hub_upload.HELP)
     hub_upload.add_arguments(upload)
     upload.set_defaults(run=hub_upload.run)
@@ -279,6 +312,36 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
     parser.add_argument("--image-column", default="image", help="of a dataset (default: %(default)s)")
     parser.set_defaults(run=encode)
+
+
+def _add_read(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "read",
+        help="read pages to text or markdown by a whole DeepSeek-OCR",
+        description="Read images, PDFs and folders of them, and write their text to the standard output as it comes. "
+        "Of a repository on the Hub the whole 6.7 GB are fetched. Exit code 3 if some pages could not be read, 1 if "
+        "none could. Needs transformers 5.21 or newer and, for PDFs, pypdfium2 (extra `encode`).",
+        epilog="deepseek-ocr-vision read scan.png report.pdf --model deepseek-ai/DeepSeek-OCR > text.md",
+    )
+    parser.add_argument("pages", nargs="+", metavar="PAGE", help="image, PDF, or folder of them")
+    parser.add_argument("--model", required=True, help="a whole model, released or trained: folder or Hub id")
+    parser.add_argument(
+        "--prompt",
+        default="markdown",
+        help="text, markdown, ocr, figure or describe, for one of the released prompts, or a prompt in full, with "
+        "<image> (default: %(default)s)",
+    )
+    parser.add_argument("--mode", choices=list(MODES), default="gundam", help="resolution (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
+    parser.add_argument("--device", help="such as cuda:1 (default: the accelerator there is)")
+    parser.add_argument("--max-new-tokens", type=int, help="of a page (default: as many as the model has room for)")
+    parser.add_argument(
+        "--ngram-size", type=int, default=20, help="tokens that are not written twice, or 0 (default: %(default)s)"
+    )
+    parser.add_argument("--window-size", type=int, help="how many tokens back that counts (default: all)")
+    parser.add_argument("--dpi", type=float, default=144, help="that PDFs are rendered with (default: %(default)s)")
+    _add_hub_options(parser)
+    parser.set_defaults(run=read)
 
 
 def _add_encoder_options(parser: argparse.ArgumentParser) -> None:

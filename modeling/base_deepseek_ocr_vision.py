@@ -3,7 +3,7 @@ tables, and the MLP of a layer.
 """
 
 from contextlib import AbstractContextManager
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -56,6 +56,51 @@ class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
     def initializer_range(self) -> float:
         """Standard deviation of newly drawn weights."""
         return self.config.initializer_range
+
+
+class LayerGroups:
+    """Freezing by name, for a model that gives its parameters in groups by `layer_groups`."""
+
+    def layer_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters in groups, in the order of the data."""
+        raise NotImplementedError
+
+    def freeze(self, *names: str) -> Self:
+        """Stop training layer groups, or everything if none is named. Gradients still pass through them.
+
+        Args:
+            names: Groups of `layer_groups`, or the front part of their names: `"sam"`, `"sam.blocks"`, `"clip"`.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: No group goes by that name; nothing is changed then.
+        """
+        return self._set_requires_grad(names, False)
+
+    def unfreeze(self, *names: str) -> Self:
+        """Train layer groups, or everything if none is named; the reverse of `freeze`."""
+        return self._set_requires_grad(names, True)
+
+    def _set_requires_grad(self, names: tuple[str, ...], requires_grad: bool) -> Self:
+        groups = self.layer_groups()
+        chosen = set()
+        for name in names or groups:
+            matches = {group for group in groups if f"{group}.".startswith(f"{name}.")}
+            if not matches:
+                raise ValueError(f"{name!r} is no layer group; there are {_group_names(groups)}.")
+            chosen |= matches
+        for group in chosen:
+            for parameter in groups[group]:
+                parameter.requires_grad_(requires_grad)
+        return self
+
+
+def _group_names(groups: dict[str, list[nn.Parameter]]) -> str:
+    """The names a caller may use, parents first, without the 24th of a kind."""
+    parents = [".".join(group.split(".")[:depth]) for group in groups for depth in (1, 2)]
+    return ", ".join(dict.fromkeys(parents)) + "; blocks and layers also one by one, such as sam.blocks.0"
 
 
 def keep_rng_state() -> AbstractContextManager:

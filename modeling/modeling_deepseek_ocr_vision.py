@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
 from ..configuration.presets_deepseek_ocr_vision import ModeName
-from .base_deepseek_ocr_vision import keep_rng_state
+from .base_deepseek_ocr_vision import LayerGroups, keep_rng_state
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import CheckpointMixin
 from .sam_deepseek_ocr_vision import SamEncoder
@@ -48,7 +48,7 @@ class Projector(nn.Module):
         return self.layers(features)
 
 
-class DeepSeekOCRVisionModel(CheckpointMixin):
+class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
     """The encoder: SAM ViT-B, a 16x convolutional compressor, and CLIP-L. A 1024 x 1024 page becomes 256 tokens.
 
     Parameters are named as in the released checkpoint, less its prefix `model.`, which loading takes off.
@@ -282,37 +282,6 @@ class DeepSeekOCRVisionModel(CheckpointMixin):
             groups["sequence"] = [self.image_newline, self.view_seperator]
         return groups
 
-    def freeze(self, *names: str) -> "DeepSeekOCRVisionModel":
-        """Stop training layer groups, or everything if none is named. Gradients still pass through them.
-
-        Args:
-            names: Groups of `layer_groups`, or the front part of their names: `"sam"`, `"sam.blocks"`, `"clip"`.
-
-        Returns:
-            The model itself.
-
-        Raises:
-            ValueError: No group goes by that name; nothing is changed then.
-        """
-        return self._set_requires_grad(names, False)
-
-    def unfreeze(self, *names: str) -> "DeepSeekOCRVisionModel":
-        """Train layer groups, or everything if none is named; the reverse of `freeze`."""
-        return self._set_requires_grad(names, True)
-
-    def _set_requires_grad(self, names: tuple[str, ...], requires_grad: bool) -> "DeepSeekOCRVisionModel":
-        groups = self.layer_groups()
-        chosen = set()
-        for name in names or groups:
-            matches = {group for group in groups if f"{group}.".startswith(f"{name}.")}
-            if not matches:
-                raise ValueError(f"{name!r} is no layer group; there are {_group_names(groups)}.")
-            chosen |= matches
-        for group in chosen:
-            for parameter in groups[group]:
-                parameter.requires_grad_(requires_grad)
-        return self
-
 
 def _moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Inputs with the tensors among them on a device."""
@@ -330,9 +299,3 @@ def _chosen(value: Any, *, default: Any) -> bool:
     """An optional switch as a bool. Composites pass a layer's index, and index 0 means yes, so no test for truth."""
     value = default if value is None else value
     return value is not None and value is not False
-
-
-def _group_names(groups: dict) -> str:
-    """The names a caller may use, parents first, without the 24th of a kind."""
-    parents = [".".join(group.split(".")[:depth]) for group in groups for depth in (1, 2)]
-    return ", ".join(dict.fromkeys(parents)) + "; blocks and layers also one by one, such as sam.blocks.0"

@@ -56,9 +56,9 @@ def golden_shapes() -> dict[str, tuple[int, ...]]:
     return {key: tuple(shape) for key, shape in json.loads((GOLDEN / "vision_keys.json").read_text()).items()}
 
 
-def golden_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The weight that the rule in the golden folder's README gives for a key."""
-    generator = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
+def golden_weight(key: str, shape: tuple[int, ...], *, salt: str = "") -> torch.Tensor:
+    """The weight that the rule in the golden folder's README gives for a key, and WHOLE_MODEL.md for a whole model."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32((key + salt).encode())))
     weight = generator.standard_normal(shape, dtype=np.float32)
     if "norm" in key or ".neck.1." in key or ".neck.3." in key:
         weight = 1 + 0.1 * weight if key.endswith(".weight") else 0.1 * weight
@@ -68,7 +68,7 @@ def golden_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
         weight = 0.02 * weight
     elif any(part in key for part in ("pos_embed", "position_embedding", "class_embedding")):
         weight = 0.1 * weight
-    else:
+    elif key != "embed_tokens.weight":
         weight = weight / np.sqrt(np.float32(np.prod(shape[1:])))
     return torch.from_numpy(weight)
 

@@ -17,6 +17,7 @@ from helpers import ROOT, released_tensors, tiny_config, write_checkpoint
 from PIL import Image, ImageDraw
 from test_from_encoder import make_encoder
 from transformers import LlamaConfig, LlamaForCausalLM
+from whole_model import HAS_WHOLE_MODEL, tiny_whole_model, write_released
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.__main__ import main
@@ -26,7 +27,7 @@ from deepseek_ocr_vision.composites.small import byte_tokenizer
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOK = ROOT / "examples" / "first_ten_minutes.ipynb"
 # How many blocks of a page cannot be run, each with its reason in the page.
-NOT_RUN = {"migrating.md": 3}
+NOT_RUN = {"deepseek_ocr.md": 2, "migrating.md": 3}
 # Commands and modules of other people.
 FOREIGN = {"pip", "git", "timeit"}
 
@@ -66,9 +67,12 @@ def readers_folder(tmp_path_factory) -> Path:
     """What a reader has at hand, under the names that the pages use, at a small size."""
     folder = tmp_path_factory.mktemp("reader")
     torch.manual_seed(0)
-    encoder = DeepSeekOCRVisionModel(tiny_config(feature_mode="sequence")).to(torch.bfloat16)
     released = folder / "deepseek-ai" / "DeepSeek-OCR"
-    write_checkpoint(released, released_tensors(encoder), encoder.config)
+    if HAS_WHOLE_MODEL:
+        write_released(released, tiny_whole_model().to(torch.bfloat16))
+    else:
+        encoder = DeepSeekOCRVisionModel(tiny_config(feature_mode="sequence")).to(torch.bfloat16)
+        write_checkpoint(released, released_tensors(encoder), encoder.config)
     extract = ["extract", str(released), str(folder / "encoder"), "--preset", "deepseek-ocr"]
     assert main(extract) == 0
     for trained in ("outputs/encoder", "outputs/finetune/encoder"):
@@ -112,6 +116,8 @@ def namespace(readers_folder, tmp_path, monkeypatch) -> dict:
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, namespace, capsys):
     """Pins a page that tells of names that have changed, or of output that is not what comes out."""
+    if page.name == "deepseek_ocr.md" and not HAS_WHOLE_MODEL:
+        pytest.skip("transformers has no Unlimited-OCR; 5.21 is the first")
     output = None
     for block in blocks(page):
         if block.language == "text" and output is not None:

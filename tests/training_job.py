@@ -21,11 +21,12 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from PIL import Image, ImageDraw
 from torch import nn
-from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
+import whole_model  # noqa: E402
 from helpers import pixels, tiny_config  # noqa: E402
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel  # noqa: E402
@@ -59,7 +60,8 @@ class Job:
 
     Attributes:
         output_dir: Where checkpoints go, and `result.json` and `tensors.pt` at the end.
-        model: `"classifier"`, the tiny encoder with a linear head, or `"llava"`, a small composite.
+        model: `"classifier"`, the tiny encoder with a linear head, `"llava"`, a small composite, or
+            `"deepseek_ocr"`, a tiny whole model.
         arguments: Further fields of `TrainingArguments`.
         dropout: Of the language model's attention, so that losses depend on the random numbers.
         pictures: Whether all samples have one; of the odd samples otherwise none has.
@@ -118,10 +120,14 @@ def trainer_of(job: Job) -> Trainer:
     if job.model == "classifier":
         samples = [{"pixel_values": page, "labels": index % 3} for index, page in enumerate(pixels(NUM_SAMPLES))]
         return Trainer(Classifier(job.start_from), arguments, train_dataset=samples, eval_dataset=samples)
-    processor = build_processor(page_size=128)
-    model = build_model(processor)
+    if job.model == "deepseek_ocr":
+        # A load-balancing loss depends on padding, and so on how the samples are spread over processes.
+        model, processor = whole_model.tiny_whole_model(aux_loss_alpha=0.0), whole_model.tiny_processor()
+    else:
+        processor = build_processor(page_size=128)
+        model = build_model(processor)
     if job.start_from:
-        model = LlavaForConditionalGeneration.from_pretrained(job.start_from)
+        model = type(model).from_pretrained(job.start_from)
     for layer in model.model.language_model.layers:
         layer.self_attn.attention_dropout = job.dropout
     samples = [sample(index, has_picture=job.pictures or index % 2 == 0) for index in range(NUM_SAMPLES)]

@@ -1,6 +1,10 @@
 """What people train the encoder with, beside transformers' `Trainer`."""
 
-from deepseek_ocr_vision.training.adapters import LORA_TARGETS
+from deepseek_ocr_vision.training.adapters import (
+    LANGUAGE_MODEL_LORA_PARAMETERS,
+    LANGUAGE_MODEL_LORA_TARGETS,
+    LORA_TARGETS,
+)
 from deepseek_ocr_vision.training.collator import ImageTextCollator
 from deepseek_ocr_vision.training.features import precompute_features
 from deepseek_ocr_vision.training.gradient_report import GradientReport, gradient_report
@@ -16,6 +20,8 @@ from deepseek_ocr_vision.training.resuming import (
 
 
 __all__ = [
+    "LANGUAGE_MODEL_LORA_PARAMETERS",
+    "LANGUAGE_MODEL_LORA_TARGETS",
     "LORA_TARGETS",
     "FeatureCollator",
     "GradientReport",

@@ -19,5 +19,19 @@ In a composite they also hit a language model whose layers are named alike, as P
 Mistral's and Qwen's are not. `LoraConfig(exclude_modules=r".*language_model.*")` leaves it out.
 """
 
+LANGUAGE_MODEL_LORA_TARGETS: dict[str, list[str]] = {
+    "attention": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
+    "mlp": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
+    "shared_experts": ["shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj"],
+}
+"""The linear layers of DeepSeek-OCR's language model, `"mlp"` those of its dense first layer. No layer of the encoder
+has such a name.
+"""
 
-__all__ = ["LORA_TARGETS"]
+LANGUAGE_MODEL_LORA_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+"""The routed experts, which are no layers but tensors of all experts of a layer: for peft's `target_parameters`, and
+without dropout. An adapter of rank r has r rows for each expert.
+"""
+
+
+__all__ = ["LANGUAGE_MODEL_LORA_PARAMETERS", "LANGUAGE_MODEL_LORA_TARGETS", "LORA_TARGETS"]

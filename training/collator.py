@@ -218,11 +218,13 @@ class ImageTextCollator:
         }
 
     def _leading_ids(self, text: str) -> torch.Tensor:
-        """What the tokenizer puts before a text by itself, such as the beginning of a sequence, unless it is there."""
-        tokenizer = self.processor.tokenizer
-        if tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token):
+        """What the processor puts before a text by itself, such as the beginning of a sequence, unless it is there."""
+        beginning = self.processor.tokenizer.bos_token
+        if beginning is not None and text.startswith(beginning):
             return torch.tensor([], dtype=torch.long)
-        plain, special = (tokenizer("0", add_special_tokens=wanted)["input_ids"] for wanted in (False, True))
+        (plain,), (special,) = (
+            self.processor(text=["0"], add_special_tokens=wanted)["input_ids"] for wanted in (False, True)
+        )
         return torch.tensor(special[: special.index(plain[0])], dtype=torch.long)
 
     def _with_blank_image(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .safetensors_files import DTYPES, TensorEntry, read_local_header, read_tensor
+from .safetensors_files import DTYPES, TensorEntry, is_finite, read_local_header, read_tensor
 
 
 CONFIG = "config.json"
@@ -70,7 +70,7 @@ class LocalCheckpoint:
             raise ValueError(f"{self.folder / entry.file}: {name} has dtype {entry.dtype}; weights have {allowed}.")
         with open(self.folder / entry.file, "rb", buffering=0) as file:
             tensor = read_tensor(file, entry)
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise ValueError(f"{self.folder / entry.file}: {name} holds NaN or infinity.")
         return tensor
 

@@ -37,14 +37,15 @@ _RENAMES = tuple(
         (r"^(?:model\.)?(?:multi_modal_projector|projector\.layers)\.", "projector.layers."),
         (r"^(?:model\.)?view_sep[ae]rator$", "view_seperator"),
         (r"^(?:model\.)?image_newline$", "image_newline"),
+        # The language model.
+        (r"^(?:model\.)?(?:language_model\.)?(embed_tokens|layers|norm)\.", r"\1."),
     )
 )
 _SPLIT = re.compile(r"^(vision_model\.transformer\.layers\.\d+\.self_attn\.)([qkv])_proj(\.weight|\.bias)$")
-# Of the language model around the encoder, and what no mode of the encoder computes with.
-_KNOWN_OTHERS = re.compile(
-    r"^lm_head\.|^(model\.)?(embed_tokens|layers|norm|language_model)\."
-    r"|^vision_model\.embeddings\.(patch_embedding\.|position_ids$)"
-)
+# In the released checkpoints, and used by nothing.
+_UNUSED = re.compile(r"^vision_model\.embeddings\.(patch_embedding\.|position_ids$)")
+# Of the language model around the encoder.
+_LANGUAGE_MODEL = re.compile(r"^lm_head\.|^(model\.)?(embed_tokens|layers|norm|language_model)\.")
 _VISION = re.compile(r"^(sam_model|vision_model|projector)\.|^(image_newline|view_seperator)$")
 # What a mode may do without: each is a part that another mode has.
 _OF_OTHER_MODES = re.compile(
@@ -81,13 +82,14 @@ def is_vision(name: str) -> bool:
 
 
 def match_tensors(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], *, whole: bool = False
 ) -> dict[str, list[str]]:
     """Find for each tensor of a model the one or three of a checkpoint that it is made of.
 
     Args:
         found: The checkpoint's names and shapes, all of them.
         expected: The model's.
+        whole: Whether the model is a whole one, so that the checkpoint may hold nothing beyond it.
 
     Returns:
         The model's names, each with the checkpoint's: one, or query, key and value.
@@ -106,10 +108,12 @@ def match_tensors(
             missing.append(key)
         else:
             shapes += _wrong_shapes(names, found, shape)
-    unexpected = [name for key in sources.keys() - expected.keys() if not _is_known(key) for name in sources[key]]
+    unexpected = [
+        name for key in sources.keys() - expected.keys() if not _is_known(key, whole=whole) for name in sources[key]
+    ]
     problems = problems_with(missing=missing, unexpected=unexpected, mismatched=shapes)
     if problems:
-        raise ValueError(f"The checkpoint does not fit the encoder. {problems}.")
+        raise ValueError(f"The checkpoint does not fit the {'model' if whole else 'encoder'}. {problems}.")
     return {key: sources[key] for key in expected}
 
 
@@ -133,8 +137,9 @@ def _has_both_stages(keys: Iterable[str]) -> bool:
     return all(any(key.startswith(stage) for key in keys) for stage in ("sam_model.", "vision_model.transformer."))
 
 
-def _is_known(key: str) -> bool:
-    return bool(_KNOWN_OTHERS.match(key) or _OF_OTHER_MODES.match(key))
+def _is_known(key: str, *, whole: bool) -> bool:
+    """Whether a tensor that the model does not have belongs to what surrounds it."""
+    return bool(_UNUSED.match(key) or (not whole and (_LANGUAGE_MODEL.match(key) or _OF_OTHER_MODES.match(key))))
 
 
 def _wrong_shapes(

@@ -38,7 +38,7 @@ def load_deepseek_ocr(
     match_tensors(checkpoint.shapes, expected_shapes(model_class, config))
     local = checkpoint.local()
     sources = match_tensors(local.shapes, expected_shapes(model_class, config))
-    dtype = _dtype(dtype) or _widest_dtype(local, sources)
+    dtype = chosen_dtype(dtype) or widest_dtype(local, sources)
     weights = {key: tensor.to(dtype) for key, tensor in local.read(sources)}
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, strict=True, **kwargs)
 
@@ -51,7 +51,12 @@ def expected_shapes(
         return {key: tuple(tensor.shape) for key, tensor in model_class(config).state_dict().items()}
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def chosen_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """What a caller asks for by `dtype`; `None` for as it is stored.
+
+    Raises:
+        ValueError: Weights do not have such a dtype.
+    """
     if dtype is None or dtype == "auto":
         return None
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -61,7 +66,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return chosen
 
 
-def _widest_dtype(checkpoint: LocalCheckpoint, sources: dict[str, list[str]]) -> torch.dtype:
+def widest_dtype(checkpoint: LocalCheckpoint, sources: dict[str, list[str]]) -> torch.dtype:
     """One dtype that holds all of the checkpoint's weights exactly."""
     names = {checkpoint.tensors[name].dtype for names in sources.values() for name in names}
     dtypes = [DTYPES[name] for name in names if name in DTYPES]

@@ -18,6 +18,7 @@ import torch
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
+PIECE_SIZE = 1 << 22
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that an encoder's weights may have; those of other tensors in its checkpoint are only skipped."""
@@ -193,3 +194,16 @@ def read_tensor(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not a copy of them."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def in_pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A tensor's rows in pieces of some millions of numbers, so that what is computed of them needs little memory."""
+    if not tensor.ndim:
+        return (tensor,)
+    row_size = max(1, tensor[:1].numel())
+    return tensor.split(max(1, PIECE_SIZE // row_size))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity."""
+    return all(bool(torch.isfinite(piece).all()) for piece in in_pieces(tensor))

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
+from transformers import PreTrainedModel
 
 from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
@@ -21,7 +22,7 @@ from .checkpoints import LocalCheckpoint, open_local
 from .names import is_vision, match_tensors
 from .reading import expected_shapes
 from .repository import explained, repository_named
-from .safetensors_files import DTYPES, TensorEntry, byte_view
+from .safetensors_files import DTYPES, TensorEntry, byte_view, in_pieces, is_finite
 
 
 CHUNK_BYTES = 1 << 20
@@ -66,12 +67,33 @@ def write_deepseek_ocr(
     model: DeepSeekOCRVisionModel, base: str | os.PathLike, target: str | os.PathLike, **hub_options: Any
 ) -> WriteReport:
     """What `DeepSeekOCRVisionModel.write_deepseek_ocr` says."""
+    return write_weights(weights_of(model), base, target, **hub_options)
+
+
+def write_weights(
+    weights: Mapping[str, torch.Tensor],
+    base: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    whole: bool = False,
+    **hub_options: Any,
+) -> WriteReport:
+    """Write a copy of a checkpoint with tensors under our names in place of its own.
+
+    Args:
+        weights: Our names, and the tensors.
+        base: The checkpoint.
+        target: The new folder, or file if the base is one.
+        whole: Whether the weights are those of a whole model, so that the base may hold nothing beyond them.
+        hub_options: As huggingface_hub takes them.
+    """
     base, target = _local_base(base, hub_options), Path(target)
     if target.resolve() == base.resolve() or base.resolve() in target.resolve().parents:
         raise ValueError(f"`target` is {target}, which lies in the base {base}; name another place.")
     checkpoint = open_local(base)
-    weights = _weights_of(model)
-    sources = match_tensors(checkpoint.shapes, {key: tuple(tensor.shape) for key, tensor in weights.items()})
+    sources = match_tensors(
+        checkpoint.shapes, {key: tuple(tensor.shape) for key, tensor in weights.items()}, whole=whole
+    )
     replacements = _replacements(checkpoint, weights, sources)
     kept = [name for name in checkpoint.tensors if is_vision(name) and name not in replacements]
     report = WriteReport(target, list(replacements), _rounded(checkpoint, replacements), kept)
@@ -96,8 +118,12 @@ def _local_base(base: str | os.PathLike, hub_options: dict[str, Any]) -> Path:
         return Path(snapshot_download(repo_id, **hub_options))
 
 
-def _weights_of(model: DeepSeekOCRVisionModel) -> dict[str, torch.Tensor]:
-    """The model's weights, checked to be its own, present and finite."""
+def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's weights, checked to be its own, present and finite.
+
+    Raises:
+        ValueError: Adapters are not merged, a tensor has no values, or one is not finite.
+    """
     weights = model.state_dict()
     strange = sorted(weights.keys() ^ expected_shapes(type(model), model.config).keys())
     if strange:
@@ -108,7 +134,7 @@ def _weights_of(model: DeepSeekOCRVisionModel) -> dict[str, torch.Tensor]:
     for key, tensor in weights.items():
         if tensor.is_meta:
             raise ValueError(f"{key} is on the meta device, without values; load the model whole.")
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise ValueError(f"{key} holds NaN or infinity.")
     return weights
 
@@ -136,10 +162,13 @@ def _rounded(checkpoint: LocalCheckpoint, replacements: Mapping[str, torch.Tenso
     """
     rounded = []
     for name, tensor in replacements.items():
-        stored = tensor.to(DTYPES[checkpoint.tensors[name].dtype])
-        if not torch.isfinite(stored).all():
-            raise ValueError(f"{name} has values too large for {stored.dtype}, the base's dtype.")
-        if not torch.equal(stored.to(tensor.dtype), tensor):
+        dtype, exact = DTYPES[checkpoint.tensors[name].dtype], True
+        for piece in in_pieces(tensor):
+            stored = piece.to(dtype)
+            if not torch.isfinite(stored).all():
+                raise ValueError(f"{name} has values too large for {dtype}, the base's dtype.")
+            exact = exact and torch.equal(stored.to(piece.dtype), piece)
+        if not exact:
             rounded.append(name)
     return rounded
 

@@ -1,0 +1,217 @@
+"""Weights of the whole DeepSeek-OCR in and out: released checkpoints, and what transformers saves of Unlimited-OCR.
+
+Each tensor of a released checkpoint is one of the model's, or a part of one: transformers keeps the experts of a layer
+in two tensors, the release each expert by itself. So reading and writing go through views of the model's own tensors
+under the released names, and nothing is in memory twice.
+"""
+
+import json
+import os
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+
+from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
+from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import verify_checksums
+from deepseek_ocr_vision.weights.checkpoints import open_local
+from deepseek_ocr_vision.weights.names import match_tensors
+from deepseek_ocr_vision.weights.reading import chosen_dtype, widest_dtype
+from deepseek_ocr_vision.weights.repository import explained, repository_named
+from deepseek_ocr_vision.weights.sizes import config_of_checkpoint
+from deepseek_ocr_vision.weights.writing import WriteReport, weights_of, write_weights
+
+
+IMAGE_TOKEN = "<image>"
+# What of a repository a model and its processor are made of.
+_NEEDED_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", CHECKSUMS)
+
+# The language model's fields in DeepSeek's configuration that have the same names in transformers' one.
+_LANGUAGE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_shared_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "topk_method",
+    "routed_scaling_factor",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "first_k_dense_replace",
+    "rms_norm_eps",
+    "hidden_act",
+    "attention_bias",
+    "sliding_window",
+)
+# What transformers' classes compute in one way only. DeepSeek's configuration can say otherwise; its default is this.
+_BUILT_IN = {
+    "use_mla": False,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "moe_layer_freq": 1,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
+_OUR_PREFIXES = (
+    ("model.vision_tower.", ""),
+    ("model.multi_modal_projector.", "projector.layers."),
+    ("model.view_separator", "view_seperator"),
+    ("model.language_model.", ""),
+    ("model.", ""),
+)
+_EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def load_whole(
+    model_class: Any,
+    source: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype | None,
+    fields: dict[str, Any],
+    attn_implementation: Any,
+    hub_options: dict[str, Any],
+) -> Any:
+    """What `DeepSeekOCRForConditionalGeneration.from_deepseek_ocr` says."""
+    checkpoint = open_local(local_source(source, hub_options))
+    if (checkpoint.folder / CHECKSUMS).is_file():
+        verify_checksums(checkpoint.folder)
+    stated = {"image_token_id": image_token_of(checkpoint.folder)} | fields_of_config(checkpoint.config)
+    config = model_class.config_class.from_dict(
+        {name: value for name, value in stated.items() if value is not None} | fields
+    )
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config)
+    shapes = {name: tuple(view.shape) for name, view in released_views(model.state_dict(), checkpoint.tensors).items()}
+    sources = match_tensors(checkpoint.shapes, shapes, whole=True)
+    chosen = chosen_dtype(dtype) or widest_dtype(checkpoint, sources)
+    weights = {
+        name: torch.empty(parameter.shape, dtype=torch.float32 if is_router(name) else chosen)
+        for name, parameter in model.state_dict().items()
+    }
+    views = released_views(weights, checkpoint.tensors)
+    for key, tensor in checkpoint.read(sources):
+        views[key].copy_(tensor)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.config.dtype = chosen
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
+    model.generation_config.pad_token_id = config.text_config.eos_token_id
+    return model.eval()
+
+
+def write_whole(
+    model: Any, base: str | os.PathLike, target: str | os.PathLike, *, hub_options: dict[str, Any]
+) -> WriteReport:
+    """What `DeepSeekOCRForConditionalGeneration.write_deepseek_ocr` says."""
+    folder = local_source(base, hub_options, argument="base", patterns=None)
+    present = open_local(folder).tensors
+    return write_weights(released_views(weights_of(model), present), folder, target, whole=True)
+
+
+def local_source(
+    source: str | os.PathLike,
+    hub_options: Mapping[str, Any],
+    *,
+    argument: str = "source",
+    patterns: tuple[str, ...] | None = _NEEDED_FILES,
+) -> Path:
+    """A checkpoint on this machine, fetched if it is on the Hub.
+
+    Args:
+        source: A path or a Hub id.
+        hub_options: As huggingface_hub takes them.
+        argument: Its name, for messages.
+        patterns: Which files to fetch; all if `None`.
+
+    Raises:
+        TypeError: `source` is no path and no Hub id.
+        OSError: It is not there or cannot be fetched.
+    """
+    repo_id = repository_named(source, argument=argument)
+    if repo_id is None:
+        return Path(source)
+    with explained(repo_id):
+        return Path(snapshot_download(repo_id, allow_patterns=patterns and list(patterns), **hub_options))
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor is the weight of a router, which stays in float32, as transformers keeps it."""
+    return name.endswith(".mlp.gate.weight")
+
+
+def released_views(weights: Mapping[str, torch.Tensor], present: Container[str] = ()) -> dict[str, torch.Tensor]:
+    """The model's tensors, or parts of them, under the released names less their `model.`.
+
+    Args:
+        weights: The model's tensors under its own names.
+        present: Names in a checkpoint; experts that it has as one tensor, as transformers can save them, are one here.
+    """
+    views = {}
+    for name, tensor in weights.items():
+        key = next((key + name.removeprefix(prefix) for prefix, key in _OUR_PREFIXES if name.startswith(prefix)), name)
+        layer, _, part = key.rpartition(".mlp.experts.")
+        if not layer or any(spelling in present for spelling in (f"model.{key}", f"model.language_model.{key}")):
+            views[key] = tensor
+            continue
+        for index, expert in enumerate(tensor):
+            parts = _EXPERT_PARTS[part]
+            for linear, view in zip(parts, expert.chunk(len(parts)), strict=True):
+                views[f"{layer}.mlp.experts.{index}.{linear}.weight"] = view
+    return views
+
+
+# Configuration
+
+
+def fields_of_config(contents: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `DeepSeekOCRConfig` that a checkpoint's `config.json` states.
+
+    Raises:
+        ValueError: It describes what transformers' classes do not compute, or no language model.
+    """
+    if contents.get("model_type") == "deepseek_ocr_full":
+        return contents
+    text_config = contents.get("text_config")
+    fields = {
+        "vision_config": config_of_checkpoint(contents, "concat").to_dict(),
+        "text_config": _text_fields(contents) if text_config is None else text_config,
+    }
+    return fields | ({"image_token_id": contents["image_token_id"]} if "image_token_id" in contents else {})
+
+
+def _text_fields(contents: dict[str, Any]) -> dict[str, Any]:
+    language = contents.get("language_config")
+    if not isinstance(language, dict):
+        raise ValueError(
+            "The checkpoint's config.json has no `language_config` and no `text_config`: it is no whole DeepSeek-OCR."
+        )
+    for name, built_in in _BUILT_IN.items():
+        if language.get(name, built_in) != built_in:
+            raise ValueError(f"`language_config.{name}` is {language[name]!r}; only {built_in!r} can be computed.")
+    # Unlimited-OCR has its window beside the language model.
+    stated = {name: contents[name] for name in ("sliding_window",) if contents.get(name) is not None} | language
+    fields = {name: stated[name] for name in _LANGUAGE_FIELDS if name in stated}
+    rope = {"rope_type": "default", "rope_theta": float(language.get("rope_theta", 10000.0))}
+    return fields | {"rope_parameters": rope}
+
+
+def image_token_of(folder: Path) -> int | None:
+    """Id of `<image>` in a folder's tokenizer; `None` where there is none."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", [])
+    return next((token["id"] for token in added if token.get("content") == IMAGE_TOKEN), None)
