@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +10,6 @@ from benchmarks.processes import Job
 from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
 
 
-TINY_SAM = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64, "image_size": 128}
-TINY_SAM |= {"window_size": 3, "global_attn_indexes": [1], "output_channels": 16, "downsample_channels": [24, 32]}
-TINY_CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-TINY_CLIP |= {"grid_size": 2}
 INITIALIZER_RANGE = 0.02
 LORA_RANK = 8
 # A language model of 0.12 billion parameters, and a tiny one.
@@ -22,10 +17,10 @@ LANGUAGE_MODEL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_la
 TINY_LANGUAGE_MODEL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 
 
-def encoder_config(*, tiny: bool = False, **fields: Any) -> DeepSeekOCRVisionConfig:
-    """The encoder of the released size with the released model's features, or a tiny one; `fields` change others."""
-    stages = {"sam_config": TINY_SAM, "clip_config": TINY_CLIP} if tiny else {}
-    return DeepSeekOCRVisionConfig(**({"feature_mode": "concat"} | stages | fields))
+def encoder_config(*, tiny: bool = False) -> DeepSeekOCRVisionConfig:
+    """The encoder of the released size with the released model's features, or a tiny one."""
+    make = DeepSeekOCRVisionConfig.tiny if tiny else DeepSeekOCRVisionConfig
+    return make(feature_mode="concat")
 
 
 def encoder(job: Job) -> nn.Module:

@@ -32,14 +32,16 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer,
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer_callback import PrinterCallback
 
-from benchmarks.models import encoder_config
 from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 from deepseek_ocr_vision.composites import IMAGE_TOKEN, build_llava
 from deepseek_ocr_vision.encoding import encode_pages
 from deepseek_ocr_vision.processing.text_pages import text_to_pages
-from deepseek_ocr_vision.training.collator import ImageTextCollator
-from deepseek_ocr_vision.training.features import precompute_features
-from deepseek_ocr_vision.training.precomputed import FeatureCollator, precomputed_features
+from deepseek_ocr_vision.training import (
+    FeatureCollator,
+    ImageTextCollator,
+    precompute_features,
+    precomputed_features,
+)
 
 
 Composite = tuple[LlavaForConditionalGeneration, LlavaProcessor]
@@ -118,7 +120,7 @@ class WaitingEncoder(DeepSeekOCRVisionModel):
 
 def waiting_encoder(seconds: float, *, width: int) -> WaitingEncoder:
     """An encoder that takes a given time per page and gives tokens of a given width."""
-    config = encoder_config(tiny=True, feature_mode="projected", projection_dim=width)
+    config = DeepSeekOCRVisionConfig.tiny(feature_mode="projected", projection_dim=width)
     model = WaitingEncoder(config).to(torch.bfloat16)
     model.seconds = seconds
     return model
