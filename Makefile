@@ -46,7 +46,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+# An editable installation has no folder with the package's name, which mypy looks for.
 types: $(VENV)/.dev
+	mkdir -p build/types && ln -sfn ../.. build/types/deepseek_ocr_vision
 	$(BIN)/mypy $(ARGS)
 
 format: $(VENV)/.dev
