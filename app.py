@@ -13,25 +13,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from transformers import PreTrainedConfig
 
-from deepseek_ocr_vision import (
-    MODES,
-    DeepSeekOCRVisionConfig,
-    DeepSeekOCRVisionImageProcessor,
-    DeepSeekOCRVisionModel,
-    text_to_pages,
-)
+from deepseek_ocr_vision import MODES, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, text_to_pages
+from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import open_image
 from deepseek_ocr_vision.visualize import PageView, draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import draw_frame
+from deepseek_ocr_vision.weights import load_encoder
 
 
 try:
     import gradio as gr
+    from gradio.data_classes import ImageData
+    from gradio.utils import get_upload_folder
 except ImportError as error:
     raise ImportError("The demo needs Gradio: pip install 'deepseek-ocr-vision[demo]'") from error
 
@@ -40,6 +38,7 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-OCR"
 """What is shown unless `--model` says otherwise: a Hub id, of which the encoder's 0.8 GB are fetched."""
 
 AS_SAVED = "as saved"  # the resolution of the checkpoint's own image processor
+MAX_PIXELS = 36_000_000  # of an upload: A4 at 600 dots an inch, read in some seconds
 LONGEST_SIDE = 1600  # pixels of a drawn page; the encoder reads it as it came
 NUM_NEIGHBOURS = 4
 
@@ -54,7 +53,7 @@ LAUNCH |= {"css": ".titled {gap: 2px} #counts :is(td, th) {padding: 3px 8px; whi
 LAUNCH |= {"state_session_capacity": KEPT_PAGES}
 
 INTRODUCTION = """# What the DeepSeek-OCR encoder sees
-Give it a page. **Click on any of the pictures** to choose a token: which tokens are like it, and which pixels it
+Give it a page. **Click on any of the images** to choose a token: which tokens are like it, and which pixels it
 depends on, by the gradient through the whole encoder."""
 
 
@@ -72,26 +71,19 @@ class Encoder:
     source: str
 
     @cached_property
+    def _loaded(self) -> tuple[DeepSeekOCRVisionModel, DeepSeekOCRVisionImageProcessor]:
+        return load_encoder(self.source)
+
+    @cached_property
     def model(self) -> DeepSeekOCRVisionModel:
         """The encoder, frozen, on the GPU if there is one."""
-        if self._is_released:
-            model = DeepSeekOCRVisionModel.from_deepseek_ocr(self.source, preset="deepseek-ocr")
-        else:
-            model = DeepSeekOCRVisionModel.from_pretrained(self.source, dtype="auto")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.to(device).eval().requires_grad_(False)
+        return self._loaded[0].to(device).requires_grad_(False)
 
-    @cached_property
+    @property
     def image_processor(self) -> DeepSeekOCRVisionImageProcessor:
         """What prepares pages for it."""
-        if self._is_released:
-            return DeepSeekOCRVisionImageProcessor.from_deepseek_ocr(self.source, preset="deepseek-ocr")
-        return DeepSeekOCRVisionImageProcessor.from_pretrained(self.source)
-
-    @cached_property
-    def _is_released(self) -> bool:
-        fields, _ = PreTrainedConfig.get_config_dict(self.source)
-        return fields.get("model_type") != DeepSeekOCRVisionConfig.model_type
+        return self._loaded[1]
 
     def processor_in(self, mode: str) -> DeepSeekOCRVisionImageProcessor:
         """The image processor at the resolution of a mode, with the preset's means, or as it was saved.
@@ -103,6 +95,43 @@ class Encoder:
             return self.image_processor
         sizes = {"size": MODES[mode].size, "tile_size": MODES[mode].tile_size}
         return type(self.image_processor).from_dict(self.image_processor.to_dict(), **sizes)
+
+
+# Uploads
+
+
+def uploaded_file(upload: ImageData | None) -> str | None:
+    """The path of an uploaded file, in place of Gradio's own check, which accepts any path that a request names.
+
+    Args:
+        upload: What the request says of it; `None` if there is none.
+
+    Raises:
+        gr.Error: It is no file in Gradio's folder of uploads.
+    """
+    if upload is None:
+        return None
+    try:
+        path = Path(upload.path or "").resolve()
+        is_uploaded = path.is_relative_to(Path(get_upload_folder()).resolve()) and path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, with a zero in it, or a link to itself
+        is_uploaded = False
+    if not is_uploaded:
+        raise gr.Error("The page has to be an uploaded file.", print_exception=False)
+    return str(path)
+
+
+def require_few_pixels(path: str) -> None:
+    """Refuse a file of more than `MAX_PIXELS` pixels by its header: small files can hold many.
+
+    Raises:
+        OSError: It is no image.
+        ValueError: It has too many pixels.
+    """
+    with open_image(path, "page") as opened:
+        width, height = opened.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"The page has {width} x {height} pixels; up to {MAX_PIXELS / 1e6:g} million are read here.")
 
 
 # What is answered
@@ -117,12 +146,12 @@ def in_words() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def show(encoder: Encoder, picture: str | None, mode: str) -> tuple:
-    """Read a page: its view and first token, all four pictures, and what is said about them.
+def show(encoder: Encoder, image: str | None, mode: str) -> tuple:
+    """Read a page: its view and first token, all four images, and what is said about them.
 
     Args:
         encoder: What reads it.
-        picture: Path of the uploaded file; `None` if there is none.
+        image: Path of the uploaded file; `None` if there is none.
         mode: `AS_SAVED` or a key of `MODES`.
 
     Returns:
@@ -130,16 +159,17 @@ def show(encoder: Encoder, picture: str | None, mode: str) -> tuple:
         gradient, the caption, and the table of token counts.
 
     Raises:
-        gr.Error: There is no picture, or the encoder or the picture cannot be read.
+        gr.Error: There is no image, or the encoder or the image cannot be read.
     """
-    if picture is None:
-        raise gr.Error("There is no page yet: upload a picture, paste one, or take an example.", print_exception=False)
+    if image is None:
+        raise gr.Error("There is no page yet: upload an image, paste one, or take an example.", print_exception=False)
     with in_words():
-        view = view_page(encoder.model, picture, image_processor=encoder.processor_in(mode))
+        require_few_pixels(image)
+        view = view_page(encoder.model, image, image_processor=encoder.processor_in(mode))
         table = count_tokens(encoder, view.page.size, mode)
         view = _drawable(view)
         token = view.richest_token()
-        page, neighbours, gradient, caption = pictures_of(view, token)
+        page, neighbours, gradient, caption = images_of(view, token)
         return view, token, page, view.pca().picture(), neighbours, gradient, caption, table
 
 
@@ -148,7 +178,7 @@ def choose(view: PageView | None, click: gr.SelectData) -> tuple:
 
     Args:
         view: The page that is shown; `None` if there is none, or none any more.
-        click: Where, in pixels of the picture: `index` is [x, y].
+        click: Where, in pixels of the image: `index` is [x, y].
 
     Returns:
         The token, the page, the token's neighbours, its gradient, and the caption.
@@ -158,7 +188,7 @@ def choose(view: PageView | None, click: gr.SelectData) -> tuple:
     """
     with in_words():
         token = _require_page(view).token_at(*click.index)
-        return token, *pictures_of(view, token)
+        return token, *images_of(view, token)
 
 
 def sheet_of(view: PageView | None, token: tuple[int, int]) -> Image.Image:
@@ -171,7 +201,7 @@ def sheet_of(view: PageView | None, token: tuple[int, int]) -> Image.Image:
         return draw_sheet(_require_page(view), tuple(token))
 
 
-def pictures_of(view: PageView, token: tuple[int, int]) -> tuple[Image.Image, Image.Image, Image.Image, str]:
+def images_of(view: PageView, token: tuple[int, int]) -> tuple[Image.Image, Image.Image, Image.Image, str]:
     """The page with a token's frame, the token's neighbours, the pixels that it depends on, and the caption."""
     page = view.page.copy()
     draw_frame(page, view.box(token))
@@ -199,11 +229,11 @@ def describe(token: tuple[int, int], similarity: torch.Tensor, on_page: torch.Te
 
 
 def count_tokens(encoder: Encoder, size: tuple[int, int], shown: str) -> str:
-    """How many tokens a picture becomes in each mode, as a table in Markdown.
+    """How many tokens an image becomes in each mode, as a table in Markdown.
 
     Args:
         encoder: What reads it.
-        size: The picture's width and height, in pixels.
+        size: The image's width and height, in pixels.
         shown: The mode whose row is set in bold.
     """
     width, height = size
@@ -214,7 +244,7 @@ def count_tokens(encoder: Encoder, size: tuple[int, int], shown: str) -> str:
         pixels = f"{processor.size['width']} x {processor.size['height']}" + " + tiles" * bool(processor.tile_size)
         bold = "**" if mode == shown else ""
         lines.append("| " + " | ".join(f"{bold}{cell}{bold}" for cell in (mode, pixels, tokens)) + " |")
-    return f"Your picture, {width} x {height} pixels, becomes\n\n" + "\n".join(lines)
+    return f"Your image, {width} x {height} pixels, becomes\n\n" + "\n".join(lines)
 
 
 def _require_page(view: PageView | None) -> PageView:
@@ -246,7 +276,7 @@ def draw_examples() -> list[Image.Image]:
 
 def _letter() -> Image.Image:
     text = (
-        "To whom it may concern,\n\na page of text is a picture, and a picture can be read. An encoder turns this one "
+        "To whom it may concern,\n\na page of text is an image, and an image can be read. An encoder turns this one "
         "into a few hundred tokens, each of which stands for a square of 64 x 64 pixels.\n\nWhat does a token know? "
         "Click on a word: the bright pixels are those that would change its token most if they were changed "
         "themselves. In a trained encoder some of them are far away.\n\nThen look at its neighbours, the tokens that "
@@ -294,53 +324,54 @@ def build_demo(encoder: Encoder) -> gr.Blocks:
         view, token = gr.State(time_to_live=KEPT_SECONDS), gr.State(time_to_live=KEPT_SECONDS)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                picture, mode, examples, button, table = _lay_out_input()
+                image, mode, examples, button, table = _lay_out_input()
             with gr.Column(scale=3):
-                *pictures, caption = _lay_out_pictures()
+                *images, caption = _lay_out_images()
         again = gr.Button("Draw the sheet of this token", elem_id="draw-sheet")
         sheet = gr.Image(
             label="The sheet", format="png", interactive=False, buttons=["download", "fullscreen"], elem_id="sheet"
         )
-        page, colors, neighbours, gradient = pictures
+        page, colors, neighbours, gradient = images
         draw = {"fn": sheet_of, "inputs": [view, token], "outputs": sheet, **QUEUE}
         shown = [view, token, page, colors, neighbours, gradient, caption, table]
-        for event in (button.click, picture.upload, examples.load_input_event.then):
-            event(partial(show, encoder), [picture, mode], shown, show_progress_on=page, **QUEUE).success(**draw)
+        for event in (button.click, image.upload, examples.load_input_event.then):
+            event(partial(show, encoder), [image, mode], shown, show_progress_on=page, **QUEUE).success(**draw)
         chosen = [token, page, neighbours, gradient, caption]
-        for clicked in pictures:
+        for clicked in images:
             clicked.select(choose, view, chosen, show_progress_on=gradient, **QUEUE)
         again.click(**draw)
     return blocks.queue(max_size=32)
 
 
 def _lay_out_input() -> tuple[Any, ...]:
-    """The column on the left: the picture, the mode, the examples, the button, and the table of token counts."""
+    """The column on the left: the image, the mode, the examples, the button, and the table of token counts."""
     # As a file, so that the package reads it, with its EXIF orientation and transparency, and not Gradio.
     sources = ["upload", "clipboard"]
-    picture = gr.Image(label="Page", type="filepath", image_mode=None, sources=sources, height=300, elem_id="picture")
+    image = gr.Image(label="Page", type="filepath", image_mode=None, sources=sources, height=300, elem_id="image")
+    image.preprocess = uploaded_file  # type: ignore[method-assign]
     mode = gr.Radio([AS_SAVED, *MODES], value=AS_SAVED, label="Mode", elem_id="mode")
     button = gr.Button("Show", variant="primary", elem_id="show")
-    examples = gr.Examples(draw_examples(), picture, cache_examples=False, elem_id="examples")
+    examples = gr.Examples(draw_examples(), image, cache_examples=False, elem_id="examples")
     table = gr.Markdown(elem_id="counts")
-    return picture, mode, examples, button, table
+    return image, mode, examples, button, table
 
 
-def _lay_out_pictures() -> list[Any]:
-    """The four pictures, two in a row and each below its title, and the caption over them."""
+def _lay_out_images() -> list[Any]:
+    """The four images, two in a row and each below its title, and the caption over them."""
     caption = gr.Markdown("Upload a page, or take an example.", elem_id="caption")
     rows = (
         {"page": "The page, and the token", "colors": "All tokens: alike colours, alike tokens"},
         {"neighbours": "Its neighbours: the brighter, the more alike", "gradient": "The pixels that it depends on"},
     )
     settings = {"format": "png", "interactive": False, "show_label": False, "height": 400, "buttons": ["fullscreen"]}
-    pictures = []
+    images = []
     for row in rows:
         with gr.Row():
             for name, title in row.items():
                 with gr.Column(min_width=240, elem_classes="titled"):
                     gr.Markdown(title)
-                    pictures.append(gr.Image(elem_id=name, **settings))
-    return [*pictures, caption]
+                    images.append(gr.Image(elem_id=name, **settings))
+    return [*images, caption]
 
 
 demo = build_demo(Encoder(DEFAULT_MODEL))

@@ -231,7 +231,7 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
         feature_mode: What the tokens are. `"residual"`: `tokens + CLIP(tokens)`, without a class token, as the package
             `deepseek-ocr-encoder` computes. `"concat"`: `concat(CLIP(tokens), tokens)`, as the released model.
             `"projected"`: the same after the released linear projector. `"sequence"`: that again as the released
-            decoder reads it, with a learned token at the end of each row of the grid and one at the end of a picture.
+            decoder reads it, with a learned token at the end of each row of the grid and one at the end of an image.
         projection_dim: Width after the projector, for `"projected"` and `"sequence"`.
 
     Attributes:

@@ -20,8 +20,8 @@ class Mode:
     """One of the released model's resolutions.
 
     Attributes:
-        size: Side in pixels of the page that a picture becomes.
-        tile_size: Side in pixels of the tiles that a picture larger than one of them is cut into besides; `None`
+        size: Side in pixels of the page that an image becomes.
+        tile_size: Side in pixels of the tiles that an image larger than one of them is cut into besides; `None`
             where there is only the page.
     """
 

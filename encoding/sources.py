@@ -14,11 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from deepseek_ocr_vision.encoding.encoder import Page
 from deepseek_ocr_vision.encoding.processes import Failure, map_in_processes
 from deepseek_ocr_vision.encoding.table import Problem
+from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import open_image
 
 
 if TYPE_CHECKING:
@@ -110,10 +111,7 @@ def image_of(content: Content, digest: str) -> Image.Image:
     if isinstance(content, str):
         content = Path(content).read_bytes()
     _require_same(content, digest)
-    try:
-        return Image.open(io.BytesIO(content))
-    except UnidentifiedImageError as error:
-        raise UnidentifiedImageError("cannot identify what image it is; it is broken, or none.") from error
+    return open_image(io.BytesIO(content), "the file")
 
 
 # PDFs

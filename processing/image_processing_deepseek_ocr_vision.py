@@ -1,8 +1,8 @@
-"""What an encoder reads: pictures of any kind in, `pixel_values` out.
+"""What an encoder reads: images of any kind in, `pixel_values` out.
 
-A picture is read to 8-bit RGB, brought to the size of a page, and normalised. Geometry, mean and standard deviation
+An image is read to 8-bit RGB, brought to the size of a page, and normalised. Geometry, mean and standard deviation
 come from a preset (`PRESETS`): those of the package `deepseek-ocr-encoder`, or of the released DeepSeek-OCR model
-(arXiv 2510.18234, section 3.2, and its code), whose mode Gundam cuts a large picture into tiles besides. There are two
+(arXiv 2510.18234, section 3.2, and its code), whose mode Gundam cuts a large image into tiles besides. There are two
 ways to resize, Pillow and torchvision; torchvision need not be installed.
 """
 
@@ -40,24 +40,9 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "pil", "torchvision"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-FIELDS = (
-    "preset",
-    "do_resize",
-    "size",
-    "mode",
-    "tile_size",
-    "max_patches",
-    "resample",
-    "do_pad",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_convert_rgb",
-    "resize_backend",
-)
-# What is no longer meant when another field is replaced: a mode is a size with or without tiles.
+FIELDS = ("preset", "do_resize", "size", "mode", "tile_size", "max_patches", "resample", "do_pad", "do_rescale")
+FIELDS += ("rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb", "resize_backend")
+# What no longer holds when another field is replaced: a mode is a size with or without tiles.
 _VOIDED_BY = {
     "preset": ("mode", "do_pad", "image_mean", "image_std"),
     "mode": ("size", "tile_size"),
@@ -99,64 +84,64 @@ class DeepSeekOCRVisionImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class Views(NamedTuple):
-    """What a picture becomes.
+    """What an image becomes.
 
     Attributes:
         page: The whole of it, uint8 [3, H, W].
         tiles: Its tiles in reading order, uint8 [T, 3, S, S]; none if it is not cut.
         grid: Columns and rows of tiles; 1 and 1 if it is not cut.
-        unit: The value of one of its 256 levels before any rescaling.
+        scale: The value of one of its 256 levels before any rescaling: 1, or 1/255 if it came in [0, 1].
     """
 
     page: torch.Tensor
     tiles: torch.Tensor
     grid: tuple[int, int]
-    unit: float
+    scale: float
 
 
 class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
-    """Turns pictures into the `pixel_values` that a `DeepSeekOCRVisionModel` reads.
+    """Turns images into the `pixel_values` that a `DeepSeekOCRVisionModel` reads.
 
-    `processor(images, return_tensors="pt").pixel_values` is [B, 3, H, W], float32. `images` is a picture, a list of
-    pictures (nested lists are flattened), or a 4-D array or tensor of them. A picture is any of:
+    `processor(images, return_tensors="pt").pixel_values` is [B, 3, H, W], float32. `images` is an image, a list of
+    images (nested lists are flattened), or a 4-D array or tensor of them. An image is any of:
 
-    - a `PIL.Image.Image`, or the path of a picture file (`str` or `os.PathLike`; nothing is ever downloaded);
+    - a `PIL.Image.Image`, or the path of a file (`str` or `os.PathLike`; nothing is ever downloaded), a PNG,
+      JPEG, MPO, TIFF, WebP, GIF, BMP, PPM, JPEG 2000, AVIF or TGA file, or HEIF where pillow-heif is registered;
     - a numpy array or torch tensor, [H, W], [H, W, C] or [C, H, W] with 1 to 4 channels (grey, grey and alpha, RGB,
       RGBA). Where shape alone does not tell which axis is the channels, three or four channels win over one, and after
       that arrays are [H, W, C] and tensors [C, H, W]; `input_data_format` settles it.
 
-    All are read to 8-bit RGB first, so that one picture gives one result in whatever form it comes:
+    All are read to 8-bit RGB first, so that one image gives one result in whatever form it comes:
 
-    - other modes as by Pillow's `convert("RGB")`; where a picture is transparent, white paper shows through;
+    - other modes as by Pillow's `convert("RGB")`; where an image is transparent, white paper shows through;
     - 16-bit grey (Pillow's `I;16`, and `I` with values over 255) and uint16 arrays from [0, 65535]; other integers
       have to be in [0, 255]; floats in [0, 1], or in [0, 255] with some value of at least 2;
-    - turned as the EXIF orientation says; of a file with several frames the first, whichever one it is opened at;
-    - over `PIL.Image.MAX_IMAGE_PIXELS` (89 megapixels) Pillow warns when it opens a file, over twice that it is an
-      error, here for every kind of picture.
+    - turned as the EXIF orientation says, which is all that is read of EXIF; of a file with several frames the first;
+    - over `PIL.Image.MAX_IMAGE_PIXELS` (89 megapixels) Pillow warns when it opens a file, over twice that is an error.
 
     With a `tile_size`, as in the mode Gundam, there are besides, under the names of transformers' Unlimited-OCR:
-    `pixel_values_local` [T, 3, tile_size, tile_size], the tiles of all pictures, T = 0 if none was cut;
-    `num_local_patches`, how many are whose, as a list of integers; and `patches_grid`, a list of [columns, rows].
+    `pixel_values_local` [T, 3, tile_size, tile_size], the tiles of all images, T = 0 if none was cut;
+    `num_local_patches`, the number of tiles of each image; and `patches_grid`, a list of [columns, rows].
 
     Args:
         preset: Which model's preprocessing, a key of `PRESETS`. `"deepseek-ocr-encoder"`: stretched to the page,
             CLIP's mean and standard deviation. `"deepseek-ocr"`: mean and standard deviation 0.5; stretched below
             1024 pixels (the modes tiny and small), from there on (base and large) fitted into the page with its aspect
             ratio kept, the rest (127, 127, 127).
-        do_resize: Whether pictures are brought to `size`. If not, their sides have to be multiples of 64.
+        do_resize: Whether images are brought to `size`. If not, their sides have to be multiples of 64.
         size: Size of a page in pixels: a number for a square, `{"height": ..., "width": ...}`, or (height, width), in
             multiples of 64. Defaults to the mode's, or 1024.
         mode: One of the released model's resolutions, a key of `MODES`, for the preset `"deepseek-ocr"`: `"tiny"` 512,
             `"small"` 640, `"base"` 1024, `"large"` 1280, `"gundam"` 1024 and tiles of 640. It stands for `size` and
             `tile_size`, which follow it; to give one of them as well is an error if it differs.
-        tile_size: Side in pixels, a multiple of 64, of the tiles that a picture with a longer side is cut into besides
+        tile_size: Side in pixels, a multiple of 64, of the tiles that an image with a longer side is cut into besides
             becoming a page. `None` for no tiles, unless the mode has some.
-        max_patches: Tiles that a picture is cut into at the most, at least 2. 6 by default, as DeepSeek's server has
+        max_patches: Tiles that an image is cut into at the most, at least 2. 6 by default, as DeepSeek's server has
             it; its remote code has 9.
         resample: Filter that resizes, a `PIL.Image.Resampling`. Always antialiased.
         do_pad: Whether the aspect ratio is kept and the rest of the page filled. Defaults to what the preset does at
             this size.
-        do_rescale: Whether values in [0, 255] are multiplied by `rescale_factor`; pictures that come in another range
+        do_rescale: Whether values in [0, 255] are multiplied by `rescale_factor`; images that come in another range
             are brought to that one before. If not, floats in [0, 1] stay there, and all others are in [0, 255].
         rescale_factor: What to multiply by.
         do_normalize: Whether `image_mean` is subtracted and the result divided by `image_std`.
@@ -164,22 +149,20 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         image_std: Standard deviation of each channel, or of all, after rescaling. Defaults to the preset's.
         do_convert_rgb: Whether other modes are converted. If not, they are errors.
         resize_backend: What resizes. `"pil"`: Pillow, as the released models' own code does. `"torchvision"`: its
-            tensor kernels, several times as fast, on any device. Of a page's 256 levels some 0.5 % come out one or two
-            off; more, and by up to 30 at the edges of sharp letters, where Pillow 13 shrinks a page's height before
-            its width (both cut off what overshoots in between, and torchvision, as Pillow before, starts with the
-            width). `"auto"`: torchvision for torch tensors if it is installed, Pillow for all else.
+            tensor kernels, several times as fast, on any device. Of a page's 256 levels about 0.5 % differ by one or
+            two; more differ, by up to 30 at the edges of sharp letters, where Pillow 13 resizes a page's height before
+            its width, as torchvision does not. `"auto"`: torchvision for tensors if it is installed, else Pillow.
 
-    All of these but `preset` can also be given for one call, a mode or sizes in place of the others, as can
-    `return_tensors` (`"pt"`, `"np"`, or `None` for a list of tensors), `data_format` and `input_data_format`
-    (`"channels_first"`, `"channels_last"`), `device` and `disable_grouping` (tensors of one shape are resized together
-    unless it is true). What else transformers declares for image processors in general, such as `do_center_crop`, has
-    no effect.
+    All of these but `preset` can also be given for one call, as can `return_tensors` (`"pt"`, `"np"`, or `None` for a
+    list of tensors), `data_format` and `input_data_format` (`"channels_first"`, `"channels_last"`), `device` and
+    `disable_grouping` (tensors of one shape are resized together unless it is true). What else transformers declares
+    for image processors in general, such as `do_center_crop`, has no effect.
 
     Raises:
-        TypeError: A name that is not known, or a value or a picture of a type that is not.
-        ValueError: A value that is not allowed, or a picture that cannot be read as it stands; the message names the
-            argument or the picture's place in the batch.
-        OSError: A file that is missing, truncated or no picture; the message names the path.
+        TypeError: An unknown argument, or a value or an image of a wrong type.
+        ValueError: A value that is not allowed, or an image that cannot be read; the message names the argument, or
+            the image's place in the batch.
+        OSError: A file that is missing, broken, no image or of another format; the message names the path.
     """
 
     model_input_names: ClassVar = ["pixel_values", "pixel_values_local", "num_local_patches", "patches_grid"]
@@ -211,7 +194,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         defaults = require_preset(preset)
         self.preset = preset
         self.do_resize = require_flag("do_resize", do_resize)
-        self.size, self.tile_size = _sizes(preset, mode, size, tile_size)
+        self.size, self.tile_size = _sizes(preset=preset, mode=mode, size=size, tile_size=tile_size)
         self.max_patches = require_integer("max_patches", max_patches, at_least=MIN_TILES)
         filters = [int(filter_) for filter_ in Image.Resampling]
         self.resample = require_choice("resample", require_integer("resample", resample), filters)
@@ -224,12 +207,10 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         self.do_convert_rgb = require_flag("do_convert_rgb", do_convert_rgb)
         self.resize_backend = require_choice("resize_backend", resize_backend, BACKENDS)
         if 0 in self.image_std:
-            raise ValueError(f"`image_std` is {image_std!r}; it divides, so it cannot be 0.")
+            raise ValueError(f"`image_std` is {image_std!r}; pixels are divided by it, so it cannot be 0.")
         if not do_resize and (mode is not None or self.tile_size is not None):
             given = f"`mode` {mode!r}" if mode is not None else f"`tile_size` {tile_size}"
-            raise ValueError(
-                f"`do_resize` is False, but {given} needs pictures to be resized; leave out one of the two."
-            )
+            raise ValueError(f"`do_resize` is False, but {given} needs images to be resized; leave out one of them.")
 
     @classmethod
     def from_deepseek_ocr(
@@ -281,7 +262,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
 
     @mode.setter
     def mode(self, value: ModeName) -> None:
-        self.size, self.tile_size = _sizes(self.preset, value, None, None)
+        self.size, self.tile_size = _sizes(preset=self.preset, mode=value)
 
     @property
     def crop_size(self) -> dict[str, int]:
@@ -289,13 +270,13 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         return self.size
 
     def num_image_tokens(self, height: int, width: int, *, feature_mode: FeatureMode | None = None) -> int:
-        """How many tokens the model gives for a picture of `height` x `width` pixels, tiles included.
+        """How many tokens the model gives for an image of `height` x `width` pixels, tiles included.
 
         Args:
-            height: The picture's, in pixels.
-            width: The picture's, in pixels.
-            feature_mode: The model's. `"sequence"` has a token more for each row, and one for the picture; all others
-                have a token for each square of 64 x 64 pixels. Defaults to the preset's.
+            height: The image's, in pixels.
+            width: The image's, in pixels.
+            feature_mode: The model's. `"sequence"` has one more token for each row, and one for the image; all
+                others have one token for each square of 64 x 64 pixels. Defaults to the preset's.
 
         Raises:
             TypeError: A side is no integer, or the feature mode no string.
@@ -313,8 +294,8 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         views = [(page["height"], page["width"])]
         if columns * rows > 1:
             views.append((rows * self.tile_size, columns * self.tile_size))
-        marks = feature_mode == "sequence"
-        return marks + sum(side // TOKEN_SIZE * (other // TOKEN_SIZE + marks) for side, other in views)
+        special = feature_mode == "sequence"
+        return special + sum(side // TOKEN_SIZE * (other // TOKEN_SIZE + special) for side, other in views)
 
     def preprocess(
         self,
@@ -327,15 +308,14 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         disable_grouping: bool | None = None,
         **overrides,
     ) -> BatchFeature:
-        """Prepare pictures; what calling the image processor does. Arguments, result and errors: see the class."""
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        settings = self._with(overrides)
+        """Prepare images; what calling the image processor does. Arguments, result and errors: see the class."""
+        settings = self._with({name: value for name, value in overrides.items() if value is not None})
         return_tensors = _optional_choice("return_tensors", return_tensors, TENSOR_TYPES)
         data_format = _optional_choice("data_format", data_format, CHANNEL_ORDERS)
         input_data_format = _optional_choice("input_data_format", input_data_format, CHANNEL_ORDERS)
         settings._require_backend()
-        views = settings._views(images, input_data_format, device, bool(disable_grouping))
-        pages = settings._normalized([view.page for view in views], [view.unit for view in views], device)
+        views = settings._views(images, input_data_format, device, disable_grouping=bool(disable_grouping))
+        pages = settings._normalized([view.page for view in views], [view.scale for view in views], device)
         features = {"pixel_values": _packed(pages, return_tensors, data_format)}
         if settings.tile_size is not None:
             tiles = settings._normalized_tiles(views, device)
@@ -349,16 +329,16 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
 
         Raises:
             ValueError: A URL; nothing is downloaded.
-            OSError: A file that is missing, truncated or no picture.
+            OSError: A file that is missing, truncated or no image.
         """
         return fetch_images_of(image_url_or_urls, "images")
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
-        """Build from a dictionary, as `transformers` does. With another `preset`, geometry and colours are that one's;
-        with another `mode`, the sizes.
+        """Build from a dictionary, as `transformers` does. Another `preset` brings its own geometry and colours,
+        another `mode` its sizes.
 
-        Fields that are not known, as a file of another version may have, are kept as plain attributes.
+        Unknown fields, which a file of another version may have, are kept as plain attributes.
 
         Raises:
             ValueError: A field has a value that is not allowed.
@@ -385,75 +365,81 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         return type(self)(**_without_voided({name: getattr(self, name) for name in FIELDS}, overrides) | overrides)
 
     def _require_backend(self) -> None:
-        if self.resize_backend == "torchvision" and torchvision_functional is None:
+        if self.resize_backend != "torchvision":
+            return
+        if torchvision_functional is None:
             raise ImportError(
                 "`resize_backend` is 'torchvision', which is not installed; install it, or choose 'pil'."
             )
-        if self.resize_backend == "torchvision" and self.do_resize and self.resample not in _TORCHVISION_MODES:
+        if self.do_resize and self.resample not in _TORCHVISION_MODES:
             allowed = [int(mode) for mode in _TORCHVISION_MODES]
             raise ValueError(
                 f"`resample` is {self.resample}; with `resize_backend` 'torchvision' it is one of {allowed}."
             )
 
-    def _keeps_tensor(self, picture: Any) -> bool:
-        """Whether torchvision resizes `picture`, and not Pillow."""
-        by_choice = isinstance(picture, torch.Tensor) and self.resample in _TORCHVISION_MODES
-        by_choice = by_choice and self.resize_backend == "auto" and torchvision_functional is not None
-        return by_choice or self.resize_backend == "torchvision"
+    def _keeps_tensor(self, image: Any) -> bool:
+        """Whether torchvision resizes `image`, and not Pillow."""
+        if self.resize_backend != "auto":
+            return self.resize_backend == "torchvision"
+        can_resize = torchvision_functional is not None and self.resample in _TORCHVISION_MODES
+        return can_resize and isinstance(image, torch.Tensor)
 
-    def _views(self, images: Any, input_data_format: str | None, device: Any, disable_grouping: bool) -> list[Views]:
-        """The page and the tiles of every picture, in order."""
-        views, waiting = [], defaultdict(list)
-        for name, picture in named_images(images, "images"):
-            keeps_tensor = self._keeps_tensor(picture)
-            read, unit = read_image(picture, name, input_data_format, self.do_convert_rgb, keeps_tensor)
+    def _views(
+        self, images: Any, input_data_format: str | None, device: Any, *, disable_grouping: bool
+    ) -> list[Views]:
+        """The page and the tiles of every image, in order."""
+        views: dict[int, Views] = {}
+        waiting: dict[Any, list[tuple[int, torch.Tensor, float]]] = defaultdict(list)
+        for index, (name, image) in enumerate(named_images(images, "images")):
+            options = {"do_convert_rgb": self.do_convert_rgb, "keeps_tensor": self._keeps_tensor(image)}
+            read, scale = read_image(image, name, input_data_format=input_data_format, **options)
             if not self.do_resize:
                 _require_token_multiple(name, *_height_width(read))
-            if keeps_tensor and isinstance(picture, torch.Tensor):
-                read = _as_tensor(read).to(device or picture.device)
-                waiting[read.shape, read.device, disable_grouping and len(views)].append((len(views), read, unit))
-                views.append(None)
+            if options["keeps_tensor"] and isinstance(image, torch.Tensor):
+                tensor = _as_tensor(read).to(device or image.device)
+                group = tensor.shape, tensor.device, index if disable_grouping else None
+                waiting[group].append((index, tensor, scale))
             else:
-                views += self._views_of(_as_tensor(read).to(device)[None] if keeps_tensor else read, [unit])
+                source = _as_tensor(read).to(device)[None] if options["keeps_tensor"] else read
+                views[index] = self._views_of(source, [scale])[0]
         for group in waiting.values():
-            indexes, pictures, units = zip(*group, strict=True)
-            # A large picture alone is not copied.
-            pictures = torch.stack(pictures) if len(pictures) > 1 else pictures[0][None]
-            for index, view in zip(indexes, self._views_of(pictures, units), strict=True):
-                views[index] = view
-        return views
+            indexes, tensors, scales = zip(*group, strict=True)
+            # A large image alone is not copied.
+            stacked = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
+            views |= zip(indexes, self._views_of(stacked, scales), strict=True)
+        return [views[index] for index in sorted(views)]
 
-    def _views_of(self, pictures: Image.Image | torch.Tensor, units: Sequence[float]) -> list[Views]:
-        """The views of a picture of Pillow's, or of tensors of one shape, uint8 [B, 3, h, w]."""
-        grid = self._grid(*_height_width(pictures))
-        pages, tiles = self._pages(pictures), self._tiles(pictures, grid)
-        return [Views(page, cuts, grid, unit) for page, cuts, unit in zip(pages, tiles, units, strict=True)]
+    def _views_of(self, images: Image.Image | torch.Tensor, scales: Sequence[float]) -> list[Views]:
+        """The views of an image of Pillow's, or of tensors of one shape, uint8 [B, 3, h, w]."""
+        grid = self._grid(*_height_width(images))
+        pages, tiles = self._pages(images), self._tiles(images, grid)
+        return [Views(page, cuts, grid, scale) for page, cuts, scale in zip(pages, tiles, scales, strict=True)]
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """Columns and rows of the tiles that a picture is cut into; 1 and 1 if it is not."""
+        """Columns and rows of the tiles that an image is cut into; 1 and 1 if it is not."""
         if self.tile_size is None:
             return 1, 1
         return tile_grid(height, width, tile_size=self.tile_size, max_tiles=self.max_patches)
 
     def placement(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Where on the page a picture of `height` x `width` pixels comes to lie: top, left, height and width."""
+        """Where on the page an image of `height` x `width` pixels comes to lie: top, left, height and width."""
         page_height, page_width = self.size["height"], self.size["width"]
         pads = PRESETS[self.preset].pads(page_height, page_width) if self.do_pad is None else self.do_pad
         if not pads:
             return 0, 0, page_height, page_width
-        # Rounded as by Pillow's `ImageOps.pad`, which however gives a 1 x 4000 picture no pixels at all.
+        # Rounded as by Pillow's `ImageOps.pad`, which however gives a 1 x 4000 image no pixels at all.
         if width / height > page_width / page_height:
             fitted = max(1, round(height / width * page_width)), page_width
         else:
             fitted = page_height, max(1, round(width / height * page_height))
         return round((page_height - fitted[0]) * 0.5), round((page_width - fitted[1]) * 0.5), *fitted
 
-    def _pages(self, pictures: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Pictures of one shape as pages, uint8 [B, 3, H, W]."""
+    def _pages(self, images: Image.Image | torch.Tensor) -> torch.Tensor:
+        """Images of one shape as pages, uint8 [B, 3, H, W]."""
         if not self.do_resize:
-            return pictures if isinstance(pictures, torch.Tensor) else _as_tensor(pictures)[None]
-        top, left, height, width = self.placement(*_height_width(pictures))
-        resized = self._resized(pictures, height, width)
+            return images if isinstance(images, torch.Tensor) else _as_tensor(images)[None]
+        top, left, height, width = self.placement(*_height_width(images))
+        resized = self._resized(images, height, width)
         if (height, width) == (self.size["height"], self.size["width"]):
             return resized
         margin = torch.tensor(MARGIN, dtype=torch.uint8, device=resized.device).view(1, 3, 1, 1)
@@ -461,22 +447,22 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         pages[..., top : top + height, left : left + width] = resized
         return pages
 
-    def _tiles(self, pictures: Image.Image | torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The tiles of pictures of one shape, uint8 [B, T, 3, S, S]."""
+    def _tiles(self, images: Image.Image | torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The tiles of images of one shape, uint8 [B, T, 3, S, S]."""
         columns, rows = grid
         if columns * rows == 1:
-            batch = len(pictures) if isinstance(pictures, torch.Tensor) else 1
+            batch = len(images) if isinstance(images, torch.Tensor) else 1
             return torch.empty(batch, 0, 3, self.tile_size or 0, self.tile_size or 0, dtype=torch.uint8)
-        return cut(self._resized(pictures, rows * self.tile_size, columns * self.tile_size), self.tile_size)
+        return cut(self._resized(images, rows * self.tile_size, columns * self.tile_size), self.tile_size)
 
-    def _resized(self, pictures: Image.Image | torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Pictures of one shape at another size, uint8 [B, 3, height, width], by Pillow or torchvision."""
-        if isinstance(pictures, Image.Image):
-            return _as_tensor(pictures.resize((width, height), resample=self.resample))[None]
+    def _resized(self, images: Image.Image | torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Images of one shape at another size, uint8 [B, 3, height, width], by Pillow or torchvision."""
+        if isinstance(images, Image.Image):
+            return _as_tensor(images.resize((width, height), resample=self.resample))[None]
         mode = InterpolationMode(_TORCHVISION_MODES[self.resample])
-        return torchvision_functional.resize(pictures, [height, width], interpolation=mode, antialias=True)
+        return torchvision_functional.resize(images, [height, width], interpolation=mode, antialias=True)
 
-    def _normalized(self, pages: list[torch.Tensor], units: list[float], device: Any) -> torch.Tensor | list:
+    def _normalized(self, pages: list[torch.Tensor], scales: list[float], device: Any) -> torch.Tensor | list:
         """Pages as float32, rescaled and normalised in one step: [B, 3, H, W], or a list if their sizes differ."""
         devices = {page.device for page in pages}
         device = device or (devices.pop() if len(devices) == 1 else "cpu")
@@ -485,22 +471,22 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
             pixels = torch.empty(len(pages), *shapes[0], device=device)
         else:
             pixels = [torch.empty(shape, device=device) for shape in shapes]
-        steps = {unit: [part.to(device) for part in self._scale_and_shift(unit)] for unit in set(units)}
-        for target, page, unit in zip(pixels, pages, units, strict=True):
-            scale, shift = steps[unit]
-            target.copy_(page.to(device)).mul_(scale).add_(shift)
+        steps = {scale: [part.to(device) for part in self._factor_and_shift(scale)] for scale in set(scales)}
+        for target, page, scale in zip(pixels, pages, scales, strict=True):
+            factor, shift = steps[scale]
+            target.copy_(page.to(device)).mul_(factor).add_(shift)
         return pixels
 
     def _normalized_tiles(self, views: list[Views], device: Any) -> torch.Tensor:
-        """The tiles of all pictures, as `_normalized` gives pages: [T, 3, S, S]."""
+        """The tiles of all images, as `_normalized` gives pages: [T, 3, S, S]."""
         tiles = [tile for view in views for tile in view.tiles]
         if not tiles:
             return torch.empty(0, 3, self.tile_size, self.tile_size, device=device or views[0].page.device)
-        return self._normalized(tiles, [view.unit for view in views for _ in view.tiles], device)
+        return self._normalized(tiles, [view.scale for view in views for _ in view.tiles], device)
 
-    def _scale_and_shift(self, unit: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _factor_and_shift(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """What the 256 levels are multiplied by, and what is added, per channel: both [3, 1, 1]."""
-        factor = self.rescale_factor if self.do_rescale else unit
+        factor = self.rescale_factor if self.do_rescale else scale
         mean = torch.tensor(self.image_mean, dtype=torch.float64).view(3, 1, 1)
         std = torch.tensor(self.image_std, dtype=torch.float64).view(3, 1, 1)
         if not self.do_normalize:
@@ -551,7 +537,9 @@ def _page_size(size: Any) -> dict[str, int]:
     return {"height": height, "width": width}
 
 
-def _sizes(preset: str, mode: str | None, size: Any, tile_size: Any) -> tuple[dict[str, int], int | None]:
+def _sizes(
+    *, preset: str, mode: str | None, size: Any = None, tile_size: Any = None
+) -> tuple[dict[str, int], int | None]:
     """Size of a page and side of a tile, checked; the mode's where there is one."""
     if mode is None:
         return _page_size(PAGE_SIZE if size is None else size), _tile_side(tile_size)
@@ -586,15 +574,15 @@ def _require_token_multiple(name: str, height: int, width: int) -> None:
 # Tensors
 
 
-def _height_width(picture: Image.Image | torch.Tensor) -> tuple[int, int]:
-    return (picture.height, picture.width) if isinstance(picture, Image.Image) else tuple(picture.shape[-2:])
+def _height_width(image: Image.Image | torch.Tensor) -> tuple[int, int]:
+    return (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
 
 
-def _as_tensor(picture: Image.Image | torch.Tensor) -> torch.Tensor:
-    """An RGB picture as uint8 [3, H, W]."""
-    if isinstance(picture, torch.Tensor):
-        return picture
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def _as_tensor(image: Image.Image | torch.Tensor) -> torch.Tensor:
+    """An RGB image as uint8 [3, H, W]."""
+    if isinstance(image, torch.Tensor):
+        return image
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _packed(pixels: torch.Tensor | list[torch.Tensor], return_tensors: str | None, data_format: str | None) -> Any:

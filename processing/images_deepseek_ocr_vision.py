@@ -1,142 +1,272 @@
-"""Pictures of any kind, read to RGB of 256 levels: files, Pillow's pictures, arrays, tensors."""
+"""Images of any kind, read to RGB of 256 levels: files, Pillow's images, arrays, tensors."""
 
+import math
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 
 PAPER = (255, 255, 255)
-"""What shows through where a picture is transparent: white, as paper is."""
+"""What shows through where an image is transparent: white, as paper is."""
+IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "HEIF", "TGA")
+"""The formats that are read, by Pillow's names. Of EPS, Pillow would have another program read it."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", flags=re.IGNORECASE)
 _STRIP_PIXELS = 1 << 20
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Tags of a TIFF file.
+_BITS, _PHOTOMETRIC, _PLANAR = 258, 262, 284
+# By how a PNG file stores its pixels: its transparent colour in the 8 bits that Pillow makes of them.
+_KEY_IN_8_BITS = {
+    "L;2": lambda key: key * 85,
+    "L;4": lambda key: key * 17,
+    "RGB;16B": lambda key: tuple(level >> 8 for level in key),
+}
 
 
 class ImageTooLargeError(Image.DecompressionBombError, ValueError):
-    """A picture has more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels, where Pillow refuses it."""
+    """An image has more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels, where Pillow refuses it."""
 
 
 def named_images(images: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Every picture of `images`, in order, with the expression by which the caller finds it."""
+    """Every image of `images`, in order, with the expression by which the caller finds it."""
     is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4)
     if not is_batch:
         return iter([(name, images)])
     if len(images) == 0:
-        raise ValueError(f"{name} is empty; at least one picture is needed.")
+        raise ValueError(f"{name} is empty; at least one image is needed.")
     return chain.from_iterable(named_images(image, f"{name}[{index}]") for index, image in enumerate(images))
 
 
 def read_image(
-    picture: Any, name: str, input_data_format: str | None, do_convert_rgb: bool, keeps_tensor: bool
+    image: Any, name: str, *, input_data_format: str | None, do_convert_rgb: bool, keeps_tensor: bool
 ) -> tuple[Image.Image | torch.Tensor, float]:
-    """Any picture as RGB with 256 levels, and the value of one level: 1/255 if it came in [0, 1], else 1.
+    """Any image as RGB with 256 levels, and the value of one level: 1/255 if it came in [0, 1], else 1.
 
     What `keeps_tensor` and needs no conversion stays a tensor, uint8 [3, H, W], on its device.
     """
-    if isinstance(picture, str | os.PathLike):
-        return _rgb(_opened(picture, name), f"{name} ({os.fspath(picture)})", do_convert_rgb)
-    if isinstance(picture, Image.Image):
-        return _rgb(_loaded(picture, name), name, do_convert_rgb)
-    if not isinstance(picture, np.ndarray | torch.Tensor):
+    if isinstance(image, str | os.PathLike):
+        with open_image(image, name) as opened:
+            return _read_pillow(opened, f"{name} ({os.fspath(image)})", do_convert_rgb=do_convert_rgb)
+    if isinstance(image, Image.Image):
+        return _read_pillow(image, name, do_convert_rgb=do_convert_rgb)
+    if not isinstance(image, np.ndarray | torch.Tensor):
         kinds = "a PIL.Image.Image, a path, a numpy array or a torch tensor"
-        raise TypeError(f"{name} is of type {type(picture).__name__}; a picture has to be {kinds}.")
-    _require_layout(picture, name)
-    channels_last = _is_channels_last(picture, name, input_data_format)
-    if keeps_tensor and isinstance(picture, torch.Tensor) and picture.dtype == torch.uint8 and picture.ndim == 3:
-        planes = picture.permute(2, 0, 1) if channels_last else picture
+        raise TypeError(f"{name} is of type {type(image).__name__}; an image has to be {kinds}.")
+    _require_layout(image, name)
+    channels_last = _is_channels_last(image, name, input_data_format)
+    if keeps_tensor and isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
+        planes = image.permute(2, 0, 1) if channels_last else image
         if len(planes) == 3:
             return planes, 1.0
-    drawn, unit = _drawn(_as_array(picture, name), name, channels_last)
-    return _rgb(drawn, name, do_convert_rgb)[0], unit
+    drawn, scale = _drawn(_as_array(image, name), name, channels_last=channels_last)
+    return _rgb(drawn, name, do_convert_rgb=do_convert_rgb)[0], scale
 
 
-def _opened(path: str | os.PathLike, name: str) -> Image.Image:
-    """The picture in a file, read to its end, upright, the first frame."""
-    path = os.fspath(path)
-    name = f"{name} ({path})"
-    if isinstance(path, str) and _URL.match(path):
-        raise ValueError(f"{name} is a URL; nothing is downloaded here. Fetch it first and give its path.")
+# Files
+
+
+def open_image(file: str | os.PathLike | IO[bytes], name: str) -> Image.Image:
+    """Open an image file of one of `IMAGE_FORMATS`, and no other, whatever its suffix says.
+
+    Args:
+        file: Its path, or the file opened to read bytes.
+        name: What the caller calls it, for the errors.
+
+    Raises:
+        ValueError: A URL, or more pixels than Pillow allows.
+        OSError: A file that is missing, broken, no image, or of another format.
+    """
+    if isinstance(file, str | os.PathLike):
+        name = f"{name} ({os.fspath(file)})"
+        _require_file(file, name)
+    Image.init()
     try:
-        picture = Image.open(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: there is no such file.") from error
+        return Image.open(file, formats=[each for each in IMAGE_FORMATS if each in Image.OPEN])
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"{name}: {error}") from error
-    except OSError as error:
-        raise OSError(f"{name}: {error}") from error
-    with picture:
-        return _loaded(picture, name)
+    except UnidentifiedImageError as error:
+        raise OSError(f"{name}: {_what_it_is(file)}; allowed are {', '.join(IMAGE_FORMATS)}.") from error
+    except Exception as error:
+        raise _unreadable(name, error) from error
 
 
 def fetch_images_of(images: Any, name: str) -> Any:
+    """`images` with what is a path opened and read to its end."""
     if isinstance(images, list | tuple):
         return [fetch_images_of(image, f"{name}[{index}]") for index, image in enumerate(images)]
-    return _opened(images, name) if isinstance(images, str | os.PathLike) else images
+    if not isinstance(images, str | os.PathLike):
+        return images
+    opened = open_image(images, name)
+    _load(opened, f"{name} ({os.fspath(images)})")
+    return opened
 
 
-def _loaded(picture: Image.Image, name: str) -> Image.Image:
-    """An opened picture, read to its end, upright, the first frame. The caller's object stays at its frame."""
-    _require_pixels(picture.height, picture.width, name)
-    try:
-        picture = _first_frame(picture)
-        picture.load()
-        is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        return ImageOps.exif_transpose(picture) if is_turned else picture
-    except MemoryError:
-        raise
-    except Exception as error:
-        # Pillow's decoders raise whatever the broken bytes lead them to: SyntaxError, struct.error, EOFError, ...
-        raise OSError(f"{name}: the picture cannot be read: {error}") from error
+def _require_file(path: str | os.PathLike, name: str) -> None:
+    if isinstance(path, str) and _URL.match(path):
+        raise ValueError(f"{name} is a URL; nothing is downloaded here. Fetch it first and give its path.")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{name}: there is no such file.")
+    if not os.path.isfile(path):
+        raise OSError(f"{name} is no file.")
 
 
-def _first_frame(picture: Image.Image) -> Image.Image:
-    position = picture.tell()
+def _what_it_is(file: str | os.PathLike | IO[bytes]) -> str:
+    """What a file that was not identified looks like, by its first bytes."""
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return _what_it_is(opened)
+    file.seek(0)
+    start = file.read(64).ljust(64, b"\0")
+    if start.startswith(b"%PDF"):
+        return "this is a PDF; `deepseek-ocr-vision encode` reads its pages"
+    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "this is a HEIC image; install pillow-heif and call `pillow_heif.register_heif_opener()`"
+    others = (key for key, (_, accept) in Image.OPEN.items() if key not in IMAGE_FORMATS and accept and accept(start))
+    kind = next(others, None)
+    return f"this is of format {kind}, which is not read" if kind else "cannot identify an image in it"
+
+
+def _unreadable(name: str, error: Exception) -> OSError:
+    # Pillow's decoders raise whatever the broken bytes lead them to: SyntaxError, struct.error, EOFError, ...
+    return OSError(f"{name}: the image cannot be read: {type(error).__name__}: {error}")
+
+
+# Pillow's images
+
+
+def _read_pillow(image: Image.Image, name: str, *, do_convert_rgb: bool) -> tuple[Image.Image, float]:
+    """The first frame of an image, upright, as RGB, and the value of one level. The caller's stays at its frame."""
+    with _at_first_frame(image, name) as is_moved:
+        _load(image, name)
+        rgb, scale = _rgb(image, name, do_convert_rgb=do_convert_rgb)
+        rgb = _turned(rgb, _orientation(image))
+        # An opened file has other pixels after the way back to its frame.
+        return (rgb.copy() if is_moved and rgb is image else rgb), scale
+
+
+@contextmanager
+def _at_first_frame(image: Image.Image, name: str) -> Iterator[bool]:
+    """Where an opened file is at another frame, go to the first and back; says whether that is so."""
+    position = image.tell()
     if position == 0:
-        return picture
-    picture.seek(0)
+        yield False
+        return
     try:
-        return picture.copy()
+        image.seek(0)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    try:
+        yield True
     finally:
-        picture.seek(position)
+        image.seek(position)
 
 
-def _rgb(picture: Image.Image, name: str, do_convert_rgb: bool) -> tuple[Image.Image, float]:
-    """A picture of any mode as RGB over white paper, and the value of one level."""
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture, 1.0
-    if not do_convert_rgb:
-        raise ValueError(f"{name} is of mode {picture.mode}; with `do_convert_rgb` false it has to be RGB.")
-    unit = 1.0
-    if picture.mode.startswith("I") or picture.mode == "F":
-        levels, unit = _levels(np.asarray(picture), name, is_16_bit=picture.mode != "F")
-        picture = Image.fromarray(levels)
-    if _is_transparent(picture):
-        return _over_paper(picture), unit
+def _load(image: Image.Image, name: str) -> None:
+    """Read the pixels of an opened file, if its format and size are allowed."""
+    _require_pixels(image.height, image.width, name)
+    if isinstance(image, ImageFile.ImageFile):
+        _require_format(image, name)
     try:
-        return picture.convert("RGB"), unit
-    except ValueError as error:
-        raise ValueError(f"{name} is of mode {picture.mode}, which Pillow cannot convert to RGB: {error}") from error
+        _mend_transparent_colour(image)
+        image.load()
+    except Exception as error:
+        raise _unreadable(name, error) from error
 
 
-def _is_transparent(picture: Image.Image) -> bool:
-    has_alpha_palette = picture.mode == "P" and picture.palette is not None and picture.palette.mode.endswith("A")
-    return picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info or has_alpha_palette
+def _require_format(image: ImageFile.ImageFile, name: str) -> None:
+    if image.format not in IMAGE_FORMATS:
+        advice = "Convert it yourself, by `image.convert('RGB')`, if you trust it"
+        raise OSError(f"{name} is of format {image.format}; allowed are {', '.join(IMAGE_FORMATS)}. {advice}.")
+    if image.format != "TIFF":
+        return
+    bits = max(image.tag_v2.get(_BITS, (1,)))
+    if image.tag_v2.get(_PLANAR) == 2 and bits > 8 and len(image.getbands()) > 1:
+        # Pillow takes every other byte of a plane for a pixel.
+        raise OSError(f"{name} has planes of {bits} bits; store its channels together, or in 8 bits.")
+    if image.tile and sum((box[2] - box[0]) * (box[3] - box[1]) for _, box, *_ in image.tile) < math.prod(image.size):
+        # Pillow leaves them black.
+        raise OSError(f"{name} lacks pixels: it has {image.height} rows (by its header), and strips for fewer.")
 
 
-def _over_paper(picture: Image.Image) -> Image.Image:
-    if picture.mode == "La":
+def _mend_transparent_colour(image: Image.Image) -> None:
+    """Bring a PNG file's transparent colour to the 8 bits that its pixels are read to."""
+    key = image.info.get("transparency")
+    stored_as = image.tile[0][3] if image.format == "PNG" and getattr(image, "tile", None) else None
+    if stored_as in _KEY_IN_8_BITS and not isinstance(key, bytes | None):
+        image.info["transparency"] = _KEY_IN_8_BITS[stored_as](key)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation. Where EXIF cannot be read there is none, as for any viewer."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+
+
+def _turned(image: Image.Image, orientation: Any) -> Image.Image:
+    method = next((turn for number, turn in _UPRIGHT.items() if number == orientation), None)
+    return image if method is None else image.transpose(method)
+
+
+def _rgb(image: Image.Image, name: str, *, do_convert_rgb: bool) -> tuple[Image.Image, float]:
+    """An image of any mode as RGB over white paper, and the value of one level."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image, 1.0
+    if not do_convert_rgb:
+        raise ValueError(f"{name} is of mode {image.mode}; with `do_convert_rgb` false it has to be RGB.")
+    scale = 1.0
+    if image.mode.startswith("I") or image.mode == "F":
+        image, scale = _grey(image, name)
+    try:
+        return (_over_paper(image) if _is_transparent(image) else image.convert("RGB")), scale
+    except Exception as error:
+        raise ValueError(f"{name} is of mode {image.mode}, which Pillow cannot convert to RGB: {error}") from error
+
+
+def _grey(image: Image.Image, name: str) -> tuple[Image.Image, float]:
+    """An image of 16-bit or float grey as one of 256 levels, and the value of one level."""
+    tags = getattr(image, "tag_v2", {})
+    array = np.asarray(image)
+    if tags.get(_BITS) == (12,):
+        array = (array * np.float32(65535 / 4095)).astype(np.uint16)
+    levels, scale = _levels(array, name, is_16_bit=image.mode != "F")
+    if tags.get(_PHOTOMETRIC) == 0:  # white is 0, and Pillow only knows that of 8 bits or less
+        levels = 255 - levels
+    if "transparency" in image.info:
+        levels[np.asarray(image) == image.info["transparency"]] = 255
+    return Image.fromarray(levels), scale
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    has_alpha_palette = image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info or has_alpha_palette
+
+
+def _over_paper(image: Image.Image) -> Image.Image:
+    if image.mode == "La":
         # Pillow knows no other way from premultiplied grey to RGBA.
-        picture = picture.convert("LA")
-    if picture.mode != "RGBA":
-        picture = picture.convert("RGBA")
-    page = Image.new("RGB", picture.size, PAPER)
-    page.paste(picture, mask=picture)
+        image = image.convert("LA")
+    if image.mode != "RGBA":
+        image = image.convert("RGBA")
+    page = Image.new("RGB", image.size, PAPER)
+    page.paste(image, mask=image)
     return page
 
 
@@ -156,7 +286,7 @@ def _require_pixels(height: int, width: int, name: str) -> None:
 
 def _require_layout(array: np.ndarray | torch.Tensor, name: str) -> None:
     if array.ndim not in (2, 3):
-        raise ValueError(f"{name} has shape {tuple(array.shape)}; a picture is [H, W], [H, W, C] or [C, H, W].")
+        raise ValueError(f"{name} has shape {tuple(array.shape)}; an image is [H, W], [H, W, C] or [C, H, W].")
     if 0 in array.shape:
         raise ValueError(f"{name} has no pixels: its shape is {tuple(array.shape)}.")
 
@@ -177,38 +307,38 @@ def _is_channels_last(array: np.ndarray | torch.Tensor, name: str, input_data_fo
     raise ValueError(f"{name} has shape {tuple(array.shape)}; neither its first nor its last axis is 1 to 4 channels.")
 
 
-def _as_array(picture: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
-    """A picture as a numpy array, without a copy where that can be."""
-    if isinstance(picture, np.ndarray):
-        return picture
-    if picture.requires_grad:
-        advice = "give the model its `pixel_values` yourself, or detach the picture"
-        raise ValueError(f"{name} requires a gradient, and reading a picture passes none on; {advice}.")
-    picture = picture.cpu()
-    return (picture.float() if picture.dtype == torch.bfloat16 else picture).numpy()
+def _as_array(image: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
+    """An image as a numpy array, without a copy where that can be."""
+    if isinstance(image, np.ndarray):
+        return image
+    if image.requires_grad:
+        advice = "give the model its `pixel_values` yourself, or detach the image"
+        raise ValueError(f"{name} requires a gradient, and reading an image passes none on; {advice}.")
+    image = image.cpu()
+    return (image.float() if image.dtype == torch.bfloat16 else image).numpy()
 
 
-def _drawn(array: np.ndarray, name: str, channels_last: bool) -> tuple[Image.Image, float]:
-    """An array as a Pillow picture of its channels' mode, and the value of one level."""
+def _drawn(array: np.ndarray, name: str, *, channels_last: bool) -> tuple[Image.Image, float]:
+    """An array as a Pillow image of its channels' mode, and the value of one level."""
     if array.ndim == 3:
         array = array if channels_last else np.moveaxis(array, 0, -1)
         array = array[..., 0] if array.shape[-1] == 1 else array
     _require_pixels(*array.shape[:2], name)
-    levels, unit = _levels(array, name, is_16_bit=array.dtype.kind == "u" and array.dtype.itemsize == 2)
-    return Image.fromarray(np.ascontiguousarray(levels)), unit
+    levels, scale = _levels(array, name, is_16_bit=array.dtype.kind == "u" and array.dtype.itemsize == 2)
+    return Image.fromarray(np.ascontiguousarray(levels)), scale
 
 
-def _levels(array: np.ndarray, name: str, is_16_bit: bool) -> tuple[np.ndarray, float]:
+def _levels(array: np.ndarray, name: str, *, is_16_bit: bool) -> tuple[np.ndarray, float]:
     """Numbers of any type as 256 levels, and the value of one: 1/255 if the numbers are floats in [0, 1], else 1."""
     if array.dtype == np.uint8:
         return array, 1.0
     if array.dtype == bool:
         return np.multiply(array, 255, dtype=np.uint8), 1.0
     if array.dtype.kind not in "uif":
-        raise TypeError(f"{name} is of dtype {array.dtype}; a picture's numbers are booleans, integers or floats.")
-    top = _top_of_range(array, name, is_16_bit)
+        raise TypeError(f"{name} is of dtype {array.dtype}; an image's numbers are booleans, integers or floats.")
+    top = _top_of_range(array, name, is_16_bit=is_16_bit)
     levels = np.empty(array.shape, dtype=np.uint8)
-    # Strip by strip: a float32 copy of a large picture would be four times the picture.
+    # Strip by strip: a float32 copy of a large image would be four times the image.
     rows = max(1, _STRIP_PIXELS // array.shape[1])
     for start in range(0, len(array), rows):
         strip = array[start : start + rows].astype(np.float32)
@@ -216,7 +346,7 @@ def _levels(array: np.ndarray, name: str, is_16_bit: bool) -> tuple[np.ndarray, 
     return levels, 1 / 255 if top == 1 else 1.0
 
 
-def _top_of_range(array: np.ndarray, name: str, is_16_bit: bool) -> int:
+def _top_of_range(array: np.ndarray, name: str, *, is_16_bit: bool) -> int:
     """The value that is full brightness: 1, 255 or 65535."""
     low, high = array.min(), array.max()
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -240,4 +370,12 @@ def _top_of_range(array: np.ndarray, name: str, is_16_bit: bool) -> int:
     )
 
 
-__all__ = ["PAPER", "ImageTooLargeError", "fetch_images_of", "named_images", "read_image"]
+__all__ = [
+    "IMAGE_FORMATS",
+    "PAPER",
+    "ImageTooLargeError",
+    "fetch_images_of",
+    "named_images",
+    "open_image",
+    "read_image",
+]

@@ -1,4 +1,4 @@
-"""The image processor as a processor, for `AutoProcessor`: pictures only, no tokenizer."""
+"""The image processor as a processor, for `AutoProcessor`: images only, no tokenizer."""
 
 import os
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,7 +24,7 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
     """A processor whose only part is a `DeepSeekOCRVisionImageProcessor`.
 
     `processor(images=..., return_tensors="pt").pixel_values` is [B, 3, H, W], with tiles beside it where the image
-    processor cuts any. For text with pictures use transformers' own
+    processor cuts any. For text with images use transformers' own
     `LlavaProcessor(image_processor, tokenizer, patch_size=64, vision_feature_select_strategy="full")`.
 
     Args:
@@ -57,7 +57,7 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
         return cls(DeepSeekOCRVisionImageProcessor.from_deepseek_ocr(source, **kwargs))
 
     def __call__(self, images: Any = None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
-        """Prepare pictures.
+        """Prepare images.
 
         Args:
             images: Pictures, as `DeepSeekOCRVisionImageProcessor` takes them.
@@ -65,16 +65,16 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
 
         Raises:
             TypeError: An argument is not known.
-            ValueError: There is text, or there are no pictures, or the image processor cannot read one.
+            ValueError: There is text, or there are no images, or the image processor cannot read one.
         """
         if kwargs.pop("text", None) is not None or kwargs.pop("text_kwargs", None):
             raise ValueError(
-                "`text` was given, but this processor has no tokenizer. For text with pictures use transformers' "
+                "`text` was given, but this processor has no tokenizer. For text with images use transformers' "
                 "LlavaProcessor(image_processor=processor.image_processor, tokenizer=..., patch_size=64, "
                 "vision_feature_select_strategy='full')."
             )
         if images is None:
-            raise ValueError("`images` is None; give a picture or a list of pictures.")
+            raise ValueError("`images` is None; give an image or a list of images.")
         for group in ("videos_kwargs", "audio_kwargs"):
             kwargs.pop(group, None)
         options = [kwargs.pop(group, None) or {} for group in ("common_kwargs", "images_kwargs")] + [kwargs]

@@ -40,7 +40,7 @@ class TextPage(NamedTuple):
     """One page.
 
     Attributes:
-        image: The picture, mode L, black on white.
+        image: The image, mode L, black on white.
         text: What is drawn on it: its lines as they were wrapped, separated by newlines.
     """
 

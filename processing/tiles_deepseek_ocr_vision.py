@@ -1,4 +1,4 @@
-"""How a large picture is cut into tiles, as in the released model's mode Gundam (arXiv 2510.18234, section 3.2)."""
+"""How a large image is cut into tiles, as in the released model's mode Gundam (arXiv 2510.18234, section 3.2)."""
 
 from functools import lru_cache
 
@@ -6,23 +6,23 @@ import torch
 
 
 MIN_TILES = 2
-"""A picture that is cut at all is cut into at least so many."""
+"""An image that is cut at all is cut into at least so many."""
 
 
 def tile_grid(height: int, width: int, *, tile_size: int, max_tiles: int) -> tuple[int, int]:
-    """The grid of tiles that a picture is resized to, as the released code's `dynamic_preprocess` chooses it.
+    """The grid of tiles that an image is resized to, as the released code's `dynamic_preprocess` chooses it.
 
-    Of all grids of 2 to `max_tiles` tiles, the one whose aspect ratio is nearest to the picture's. Of two that are
-    equally near, the one with more tiles, if the picture has more than half as many pixels.
+    Of all grids of 2 to `max_tiles` tiles, the one whose aspect ratio is nearest to the image's. Of two that are
+    equally near, the one with more tiles, if the image has more than half as many pixels.
 
     Args:
-        height: The picture's, in pixels.
-        width: The picture's, in pixels.
+        height: The image's, in pixels.
+        width: The image's, in pixels.
         tile_size: Side of a tile in pixels.
-        max_tiles: Tiles that a picture is cut into at the most.
+        max_tiles: Tiles that an image is cut into at the most.
 
     Returns:
-        Columns and rows; 1 and 1 for a picture that is no larger than a tile, which is not cut.
+        Columns and rows; 1 and 1 for an image that is no larger than a tile, which is not cut.
     """
     if max(height, width) <= tile_size:
         return 1, 1
@@ -43,9 +43,9 @@ def _grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
-def cut(pictures: torch.Tensor, tile_size: int) -> torch.Tensor:
-    """Cut pictures of one size into tiles, in reading order: [B, 3, R x S, C x S] -> [B, R x C, 3, S, S]."""
-    grid = pictures.unflatten(3, (-1, tile_size)).unflatten(2, (-1, tile_size))  # [B, 3, R, S, C, S]
+def cut(images: torch.Tensor, tile_size: int) -> torch.Tensor:
+    """Cut images of one size into tiles, in reading order: [B, 3, R x S, C x S] -> [B, R x C, 3, S, S]."""
+    grid = images.unflatten(3, (-1, tile_size)).unflatten(2, (-1, tile_size))  # [B, 3, R, S, C, S]
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 

@@ -1,8 +1,11 @@
 """The demo: what it answers, and the page itself, clicked on in a headless Chromium."""
 
+import json
 import os
 import re
 import shutil
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,9 @@ from deepseek_ocr_vision import MODES, DeepSeekOCRVisionImageProcessor, DeepSeek
 # Gradio asks for its telemetry and for a newer version of itself when it is imported, if nobody forbids it.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'deepseek-ocr-vision[demo]'")
+
+import httpx  # noqa: E402
+from gradio.utils import get_upload_folder  # noqa: E402
 
 from deepseek_ocr_vision import app  # noqa: E402
 
@@ -45,7 +51,7 @@ def encoder(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
+def image(tmp_path_factory):
     """A page with a word in the upper left and a block in the lower right."""
     page = Image.new("RGB", (400, 300), "white")
     draw = ImageDraw.Draw(page)
@@ -71,22 +77,22 @@ def test_nothing_is_loaded_before_a_page_is_shown():
     app.build_demo(app.Encoder("no/such-model"))
 
 
-def test_a_page_gives_pictures_of_its_size_about_the_token_with_the_most_on_it(encoder, picture):
-    """Pins pictures in the size of what the encoder read, on which clicks would miss their token."""
-    view, token, *pictures, caption, table = app.show(encoder, picture, app.AS_SAVED)
+def test_a_page_gives_images_of_its_size_about_the_token_with_the_most_on_it(encoder, image):
+    """Pins images in the size of what the encoder read, on which clicks would miss their token."""
+    view, token, *images, caption, table = app.show(encoder, image, app.AS_SAVED)
     assert token == view.richest_token()
-    assert [shown.size for shown in pictures] == [(400, 300)] * 4
+    assert [shown.size for shown in images] == [(400, 300)] * 4
     assert f"Row {token[0]}, column {token[1]}" in caption
     assert f"**{app.AS_SAVED}** | **{SIDE} x {SIDE}** | **16**" in table
 
 
-def test_a_click_chooses_the_token_under_it(encoder, picture):
+def test_a_click_chooses_the_token_under_it(encoder, image):
     """Pins row and column, or x and y, the wrong way round."""
-    view, first, *pictures, _, _ = app.show(encoder, picture, app.AS_SAVED)
+    view, first, *images, _, _ = app.show(encoder, image, app.AS_SAVED)
     token, page, neighbours, gradient, caption = app.choose(view, SimpleNamespace(index=[350, 20]))
     assert token == (0, 3) != first
     assert "Row 0, column 3" in caption
-    for before, after in zip((pictures[0], pictures[2], pictures[3]), (page, neighbours, gradient), strict=True):
+    for before, after in zip((images[0], images[2], images[3]), (page, neighbours, gradient), strict=True):
         assert before.tobytes() != after.tobytes()
 
 
@@ -123,7 +129,7 @@ def test_every_mode_is_there_with_either_preset(tmp_path, preset):
 
 
 def test_a_large_page_is_drawn_smaller_and_read_as_it_is(encoder, tmp_path):
-    """Pins pictures of 50 megabytes sent to the browser, and tokens of a page that was shrunk before."""
+    """Pins images of 50 megabytes sent to the browser, and tokens of a page that was shrunk before."""
     page = Image.radial_gradient("L").resize((3200, 1600)).convert("RGB")
     page.save(tmp_path / "page.png")
     view = app.show(encoder, str(tmp_path / "page.png"), app.AS_SAVED)[0]
@@ -132,7 +138,7 @@ def test_a_large_page_is_drawn_smaller_and_read_as_it_is(encoder, tmp_path):
     assert torch.equal(view.pixel_values.cpu(), expected)
 
 
-def test_what_goes_wrong_is_told_in_words(encoder, tmp_path, picture):
+def test_what_goes_wrong_is_told_in_words(encoder, tmp_path, image):
     """Pins a bare "Error", which is all that Gradio shows of other exceptions on a Space."""
     (tmp_path / "page.png").write_bytes(b"no picture")
     (tmp_path / "huge.pgm").write_bytes(b"P5 20000 20000 255\n")
@@ -149,13 +155,91 @@ def test_what_goes_wrong_is_told_in_words(encoder, tmp_path, picture):
     with pytest.raises(gr.Error, match="show it again"):
         app.sheet_of(None, (0, 0))
     with pytest.raises(gr.Error, match="no-such-folder"):
-        app.show(app.Encoder(str(tmp_path / "no-such-folder")), picture, app.AS_SAVED)
+        app.show(app.Encoder(str(tmp_path / "no-such-folder")), image, app.AS_SAVED)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_command(tmp_path, capsys):
     """Pins a demo that starts, and tells its first visitor about a mistyped folder."""
     assert app.main(["--model", str(tmp_path / "missing")]) == 1
     assert "missing" in capsys.readouterr().err
+
+
+# By HTTP, as a script would ask
+
+
+@pytest.fixture(scope="module")
+def served(encoder):
+    """The demo at a port that is free: its address, and the number of the function that reads a page."""
+    demo = app.build_demo(encoder)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+    (show, *_) = (
+        number for number, each in demo.fns.items() if [type(x) for x in each.inputs] == [gr.Image, gr.Radio]
+    )
+    yield f"{url}gradio_api", show
+    demo.close(verbose=False)
+
+
+def ask(served: tuple[str, int], file: dict) -> dict:
+    """What the demo answers to a request about a file, in the last of its events."""
+    url, show = served
+    session = f"session-{time.monotonic_ns()}"
+    request = {"data": [file, app.AS_SAVED], "fn_index": show, "session_hash": session}
+    httpx.post(f"{url}/queue/join", json=request, timeout=60).raise_for_status()
+    with httpx.stream("GET", f"{url}/queue/data", params={"session_hash": session}, timeout=60) as events:
+        for line in events.iter_lines():
+            event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+            if event.get("msg") == "process_completed":
+                return event
+    raise AssertionError("the demo did not answer")
+
+
+def upload(served: tuple[str, int], path: str) -> str:
+    """Upload a file; the path that the demo gives it."""
+    with open(path, "rb") as file:
+        answer = httpx.post(f"{served[0]}/upload", files={"files": file}, timeout=60)
+    (uploaded,) = answer.raise_for_status().json()
+    return uploaded
+
+
+META = {"_type": "gradio.FileData"}
+
+
+@pytest.mark.parametrize("extra", [{}, {"meta": META}, {"orig_name": "page.svg"}, {"url": "/elsewhere", "size": 5}])
+def test_a_request_that_names_a_file_of_the_server_is_refused(served, image, extra):
+    """Pins requests without `meta`, which pass Gradio's own check: the page came back with the pixels of any file."""
+    answer = ask(served, {"path": image} | extra)
+    assert answer["success"] is False
+    assert "data" not in answer["output"]
+
+
+def test_a_path_that_leads_out_of_the_uploads_is_refused(served, image):
+    """Pins a check of the beginning of a path, which `..`, a link and a folder beside it pass."""
+    uploads = Path(upload(served, image)).parent
+    link = uploads / "link.png"
+    link.symlink_to(image)
+    beside = f"{get_upload_folder()}-private/page.png"
+    paths = [f"{uploads}/../../../{image}", link, beside, uploads, "", "page.png", "\0", "x" * 5000, "/dev/zero"]
+    for path in paths:
+        answer = ask(served, {"path": str(path)})
+        assert answer["success"] is False, path
+        assert answer["output"]["error"] == "The page has to be an uploaded file.", path
+
+
+def test_an_uploaded_file_is_read(served, image):
+    """Pins a check that refuses what it is for."""
+    answer = ask(served, {"path": upload(served, image), "meta": META})
+    assert answer["success"] is True
+    assert "Row " in json.dumps(answer["output"]["data"])
+
+
+def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(served, tmp_path):
+    """Pins 12 KB that hold the worker for 24 seconds: 10,000 x 10,000 pixels of one colour."""
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "page.png")
+    start = time.monotonic()
+    answer = ask(served, {"path": upload(served, tmp_path / "page.png")})
+    assert answer["success"] is False
+    assert "10000 x 10000" in answer["output"]["error"]
+    assert time.monotonic() - start < 10
 
 
 # In a browser
@@ -190,14 +274,14 @@ def opened(encoder, browser):
 
 
 def source(page, name: str) -> str:
-    """Where the browser has a picture from; another picture has another address."""
+    """Where the browser has an image from; another image has another address."""
     return page.locator(f"#{name} img").first.get_attribute("src")
 
 
 def click_at(page, name: str, across: float, down: float) -> None:
-    """Click on a picture, at parts of its width and height; around it there may be empty space."""
+    """Click on an image, at parts of its width and height; around it there may be empty space."""
     box = page.locator(f"#{name} img").first.bounding_box()
-    # The picture is fitted into its place, in the middle.
+    # The image is fitted into its place, in the middle.
     scale = min(box["width"] / 400, box["height"] / 300)
     x = box["x"] + box["width"] / 2 + (across - 0.5) * 400 * scale
     y = box["y"] + box["height"] / 2 + (down - 0.5) * 300 * scale
@@ -205,19 +289,19 @@ def click_at(page, name: str, across: float, down: float) -> None:
 
 
 def wait_for_caption(page, words: str) -> None:
-    """Wait until the caption over the pictures has some words."""
+    """Wait until the caption over the images has some words."""
     page.wait_for_function(
         "words => document.querySelector('#caption').innerText.includes(words)", arg=words, timeout=PATIENCE
     )
 
 
-def test_a_page_is_uploaded_and_its_tokens_are_clicked(opened, picture):
+def test_a_page_is_uploaded_and_its_tokens_are_clicked(opened, image):
     """Pins wiring that only a browser shows: the clicks' coordinates, the order of outputs, requests elsewhere."""
     page, requests, url = opened
     page.click("#show")
     page.get_by_text("There is no page yet").wait_for()
 
-    page.set_input_files("#picture input[type=file]", picture)
+    page.set_input_files("#image input[type=file]", image)
     page.locator("#sheet img").wait_for()
     sheet = source(page, "sheet")
     assert "256 x 256" in page.inner_text("#counts")
