@@ -5,7 +5,7 @@ Importing the package registers its classes with transformers' `AutoConfig`, `Au
 `deepseek_ocr_vision.visualize`.
 """
 
-from deepseek_ocr_vision.composites import build_llava
+from deepseek_ocr_vision.composites import build_llava, save_llava
 from deepseek_ocr_vision.configuration import (
     MODES,
     PRESETS,
@@ -66,6 +66,7 @@ __all__ = [
     "precompute_features",
     "precomputed_features",
     "resume",
+    "save_llava",
     "text_to_pages",
     "why_incomplete",
 ]

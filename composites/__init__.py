@@ -5,10 +5,10 @@ from typing import Any
 
 import transformers
 
-from deepseek_ocr_vision.composites.llava import IMAGE_TOKEN, build_llava, build_model, build_processor
+from deepseek_ocr_vision.composites.llava import IMAGE_TOKEN, build_llava, build_model, build_processor, save_llava
 
 
-__all__ = ["IMAGE_TOKEN", "build_llava", "build_model", "build_processor"]
+__all__ = ["IMAGE_TOKEN", "build_llava", "build_model", "build_processor", "save_llava"]
 
 if hasattr(transformers, "UnlimitedOcrForConditionalGeneration"):
     from deepseek_ocr_vision.composites.deepseek_ocr import (

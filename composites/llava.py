@@ -1,6 +1,8 @@
 """transformers' LLaVA with our encoder as its vision tower, from checkpoints or from small new parts."""
 
 import logging
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -27,6 +29,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+README = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# A LLaVA with a DeepSeek-OCR vision encoder
+
+To load it, install the package that has its encoder: `pip install deepseek-ocr-vision`.
+
+```python
+import deepseek_ocr_vision  # registers the encoder
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+folder = "."  # this folder, or its id on the Hub
+model = LlavaForConditionalGeneration.from_pretrained(folder)
+processor = LlavaProcessor.from_pretrained(folder)
+```
+"""
 # A conversation for a language model that has no chat template of its own.
 SIMPLE_CHAT = """{% for message in messages %}
 {{ "" if loop.first else "\n" }}{{ message["role"] }}: {{ message["content"] }}
@@ -78,6 +98,32 @@ def build_llava(
     """
     processor = build_processor(encoder=encoder, language_model=language_model, page_size=page_size)
     return build_model(processor, encoder=encoder, language_model=language_model, dtype=dtype), processor
+
+
+def save_llava(
+    model: "LlavaForConditionalGeneration",
+    processor: "LlavaProcessor",
+    folder: str | os.PathLike[str],
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Save model and processor into one folder, with a README that says what has to be installed to load it.
+
+    transformers looks for no code behind the configuration of a part, so a composite cannot carry that of its encoder.
+
+    Args:
+        model: The composite.
+        processor: What makes its inputs.
+        folder: The folder, which is made.
+        state_dict: Weights to save in place of the model's own, such as those that FSDP gathered.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    options = {} if state_dict is None else {"state_dict": state_dict}
+    model.save_pretrained(folder, **options)
+    processor.save_pretrained(folder)
+    (Path(folder) / "README.md").write_text(README, "utf-8")
 
 
 # The processor
@@ -233,4 +279,4 @@ def load_language_model(checkpoint: str, *, dtype: torch.dtype) -> PreTrainedMod
     return causal
 
 
-__all__ = ["IMAGE_TOKEN", "build_llava", "build_model", "build_processor"]
+__all__ = ["IMAGE_TOKEN", "build_llava", "build_model", "build_processor", "save_llava"]

@@ -17,7 +17,7 @@ import torch
 from files import replacing
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, set_seed
 
-from deepseek_ocr_vision import build_llava
+from deepseek_ocr_vision import build_llava, save_llava
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,13 +56,6 @@ def require_free(out: Path) -> None:
         raise FileExistsError(f"--out {out} is in use; choose a new folder, or empty this one.")
 
 
-def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
-    """Save both into one folder, atomically."""
-    with replacing(out) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-
 def summary(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> str:
     """What was made, and how to load it."""
     size = processor.image_processor.size
@@ -99,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         page_size=arguments.page_size,
         dtype=DTYPES[arguments.dtype],
     )
-    save(model, processor, arguments.out)
+    with replacing(arguments.out) as folder:
+        save_llava(model, processor, folder)
     sys.stdout.write(summary(model, processor, arguments.out))
 
 

@@ -35,7 +35,6 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 import torch
-from arguments import SmallModelArguments
 from files import replacing, write_text
 from matplotlib.figure import Figure
 from passages import SPLITS, Passages, read_texts, split_texts, with_pages_of_another, without_pages
@@ -54,6 +53,7 @@ from report import (
 )
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
+from training_defaults import SmallModelArguments
 from transformers import (
     HfArgumentParser,
     LlavaForConditionalGeneration,

@@ -1,4 +1,4 @@
-"""What the example trains on: pages of handwritten digits that need no download, or pages of your own.
+"""What the examples train on: pages of handwritten digits that need no download.
 
 The digits are the 1,797 scans, 8 x 8 pixels in 17 levels of grey, that scikit-learn carries as `load_digits`: the test
 part of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak (UCI Machine Learning Repository,
@@ -6,13 +6,9 @@ part of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak
 page was ever seen in training.
 """
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import datasets
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -132,102 +128,3 @@ def load_handwritten_pages(
         for split, number in numbers
     )
     return train, held_out
-
-
-# Your own pages
-
-
-class OwnPages(Dataset):
-    """The pictures and texts of a `datasets.Dataset`, under the names that the example uses.
-
-    Args:
-        table: One row a page.
-        image_column: Where the picture is: a picture, a path, or the bytes of a file.
-        text_column: Where the text is that can be read on it.
-
-    Raises:
-        ValueError: There is no row, or no such column, or the column holds no text.
-    """
-
-    def __init__(self, table: datasets.Dataset, *, image_column: str, text_column: str):
-        if len(table) == 0:
-            raise ValueError("There are no pages in the data.")
-        for option, column in (("--image_column", image_column), ("--text_column", text_column)):
-            if column not in table.column_names:
-                raise ValueError(f"The data has no column {column!r} but {table.column_names}; name it by {option}.")
-        self.images = table.select_columns([image_column]).cast_column(image_column, datasets.Image())
-        self.texts = table[text_column]
-        self.image_column = image_column
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict:
-        """Page `index`: `image`, a PIL image, and `text`."""
-        text = self.texts[index]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"Page {index} has the text {text!r}; it has to be a string that is not blank.")
-        return {"image": self.images[index][self.image_column], "text": text}
-
-
-def load_own_pages(
-    source: str, *, image_column: str, text_column: str, held_out_fraction: float, seed: int
-) -> tuple[OwnPages, OwnPages]:
-    """Pages for training and pages held out, from a folder or whatever else `datasets.load_dataset` opens.
-
-    Args:
-        source: A folder of pictures with a `metadata.jsonl`, one `{"file_name": ..., "text": ...}` a line; or what
-            `datasets.load_dataset` takes. Its split `validation`, or else `test`, is held out.
-        image_column: Where the picture is.
-        text_column: Where the text is.
-        held_out_fraction: Part of the pages, chosen by `seed`, that is held out where there is no such split.
-        seed: Any integer from 0 on.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or a picture that the metadata names is not there.
-        ValueError: There are no pages or not the columns, or a line of the metadata cannot be read.
-    """
-    splits = open_splits(source)
-    held_out_name = next((name for name in ("validation", "test") if name in splits), None)
-    if "train" not in splits:
-        raise ValueError(f"{source} has no split 'train' but {list(splits)}.")
-    if held_out_name is None:
-        splits, held_out_name = split_off(splits["train"], held_out_fraction, seed), "test"
-    columns = {"image_column": image_column, "text_column": text_column}
-    return OwnPages(splits["train"], **columns), OwnPages(splits[held_out_name], **columns)
-
-
-def open_splits(source: str) -> dict[str, datasets.Dataset]:
-    """Open the user's data: a table a split."""
-    folder = Path(source)
-    if (folder / "metadata.jsonl").is_file():
-        return {"train": datasets.Dataset.from_list(list(read_metadata(folder)))}
-    if not folder.exists() and (folder.is_absolute() or source.startswith((".", "~"))):
-        raise FileNotFoundError(f"--data: there is no folder {source}.")
-    return dict(datasets.load_dataset(source))
-
-
-def read_metadata(folder: Path) -> Iterable[dict]:
-    """Read `metadata.jsonl`, the way `datasets` does: `file_name`, relative to the folder, becomes `image`."""
-    for number, line in enumerate((folder / "metadata.jsonl").read_text("utf-8").splitlines(), start=1):
-        place = f"{folder / 'metadata.jsonl'}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place} is not JSON: {error}.") from error
-        if not isinstance(row, dict) or "file_name" not in row:
-            raise ValueError(f"{place} has no 'file_name'.")
-        picture = folder / row.pop("file_name")
-        if not picture.is_file():
-            raise FileNotFoundError(f"{place} names {picture}, which is not there.")
-        yield row | {"image": str(picture)}
-
-
-def split_off(table: datasets.Dataset, fraction: float, seed: int) -> dict[str, datasets.Dataset]:
-    """Hold out a part of the pages, at least one, under `"test"`; the rest is `"train"`."""
-    if len(table) < 2:
-        raise ValueError(f"The data has {len(table)} pages; at least 2 are needed, one to train on and one held out.")
-    num_held_out = min(max(1, round(len(table) * fraction)), len(table) - 1)
-    return dict(table.train_test_split(test_size=num_held_out, seed=seed))

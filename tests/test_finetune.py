@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same_weights
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -21,6 +22,7 @@ from transformers import (
     LlamaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
+    set_seed,
 )
 
 from deepseek_ocr_vision.composites import build_model, build_processor
@@ -31,14 +33,19 @@ from deepseek_ocr_vision.training.collator import NOT_TRAINED_ON
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+pytest.importorskip("rapidfuzz")
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import finetune  # noqa: E402
 import pages  # noqa: E402
-import report  # noqa: E402
 from files import replacing, write_text  # noqa: E402
+from finetuning import runs  # noqa: E402
+from finetuning.arguments import names_checkpoint_of, parse_arguments  # noqa: E402
+from finetuning.output import claim_output_folder  # noqa: E402
+from finetuning.schedule import fit_to_data  # noqa: E402
+from receipts import draw_receipt, read_metadata, text_of, write_metadata, write_receipts  # noqa: E402
 
 
 STEPS = 6
@@ -88,7 +95,7 @@ def resumable(finished, tmp_path) -> Path:
 
 
 def parse(output: Path, *options: str):
-    return finetune.parse_arguments(command(output, *options)[2:])
+    return parse_arguments(command(output, *options)[2:])
 
 
 # Pages of handwritten digits
@@ -171,7 +178,7 @@ def test_digits_lie_in_their_cells_without_overlap():
 def test_labels_are_the_text_and_its_end_alone():
     """Labels on picture tokens or padding would train the model to write those."""
     processor = build_processor(page_size=128)
-    batch = finetune.Collator(processor)(
+    batch = runs.Collator(processor)(
         [{"image": Image.new("RGB", (128, 128)), "text": text} for text in ("7", "12\n3")]
     )
     eos = processor.tokenizer.eos_token_id
@@ -185,7 +192,7 @@ def test_a_page_whose_text_names_the_image_token_is_refused():
     """Such a text would be taken for a second picture, with an error far away."""
     processor = build_processor(page_size=128)
     with pytest.raises(ValueError, match="<image>"):
-        finetune.Collator(processor)([{"image": Image.new("RGB", (128, 128)), "text": "see <image>"}])
+        runs.Collator(processor)([{"image": Image.new("RGB", (128, 128)), "text": "see <image>"}])
 
 
 @pytest.mark.parametrize("text", ["0123456789\n42", "naïve café, 漢字 \t🙂"])
@@ -203,6 +210,7 @@ def test_the_byte_tokenizer_gives_any_text_back(text):
 def test_everything_is_left_in_the_output_folder(finished):
     """A name that changes breaks the README and whoever reads these files."""
     files = {str(path.relative_to(finished)) for path in finished.rglob("*")}
+    assert files >= {"report.html", "composite/README.md"}
     assert files >= {"report.md", "loss.png", "predictions.png", "encoder/config.json", "encoder/model.safetensors"}
     assert files >= {"composite/config.json", "composite/model.safetensors", "composite/tokenizer.json"}
     assert not [file for file in files if ".tmp" in file]
@@ -214,7 +222,13 @@ def test_everything_is_left_in_the_output_folder(finished):
 def test_the_report_holds_both_runs_and_the_command(finished):
     """Numbers without the command and the versions cannot be measured again."""
     text = (finished / "report.md").read_text()
-    for expected in ("digit accuracy", "encoder trained", "encoder frozen", "finetune.py --output_dir", "Alpaydin"):
+    for expected in (
+        "character error rate",
+        "encoder trained",
+        "encoder frozen",
+        "finetune.py --output_dir",
+        "Alpaydin",
+    ):
         assert expected in text
     assert f"transformers {version('transformers')}" in text
     assert "bit for bit equal" in text
@@ -247,7 +261,7 @@ def test_training_changes_every_weight_of_the_encoder_and_freezing_none(finished
 
 
 def initial_encoder() -> dict[str, torch.Tensor]:
-    finetune.set_seed(0)
+    set_seed(0)
     model = build_model(build_processor())
     return model.model.vision_tower.state_dict()
 
@@ -313,13 +327,15 @@ def test_killed_at_the_end_gives_the_log_of_a_run_that_was_not(resumable, lost):
     run = resumable / "frozen"
     for name in lost:
         (run / name).unlink()
-    _, _, arguments = parse(resumable, "--resume_from_checkpoint", "true")
+    _, model_arguments, arguments = parse(resumable, "--resume_from_checkpoint", "true")
     processor = build_processor(page_size=128)
-    finetune.set_seed(0)
+    set_seed(0)
     model = build_model(processor)
-    finetune.freeze(model.model.vision_tower, "frozen", [])
+    runs.freeze(model.model.vision_tower, "frozen", [])
     splits = {"train": handwritten(), "held_out": handwritten(split="held_out")}
-    history = finetune.train(model, splits, processor=processor, arguments=arguments, run_folder=run)
+    fit_to_data(arguments, num_pages=50, page_size=128, is_own=False)
+    job = runs.Job(splits, processor, model_arguments, arguments, report=None)
+    history = runs.train(runs.new_trainer(model, job, run), "true").log_history
     assert [entry["step"] for entry in history if "loss" in entry] == [*range(1, STEPS + 1)]
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
 
@@ -327,8 +343,8 @@ def test_killed_at_the_end_gives_the_log_of_a_run_that_was_not(resumable, lost):
 def test_a_finished_run_is_kept_unless_its_checkpoint_is_asked_for(finished):
     """Training a finished run again wastes its time; not training it on request ignores the user."""
     checkpoint = str(finished / "trained" / "checkpoint-4")
-    assert finetune.names_checkpoint_of(finished / "trained", checkpoint)
-    assert not finetune.names_checkpoint_of(finished / "frozen", checkpoint)
+    assert names_checkpoint_of(finished / "trained", checkpoint)
+    assert not names_checkpoint_of(finished / "frozen", checkpoint)
 
 
 @pytest.mark.parametrize("path", ["checkpoint-4", "trained", "other/checkpoint-4"])
@@ -360,7 +376,7 @@ def test_overwriting_deletes_what_the_script_made_and_nothing_else(finished, tmp
     shutil.copytree(finished, output)
     (output / "notes.txt").write_text("mine")
     (output / ".encoder.tmp-killed").mkdir()
-    finetune.claim_output_folder(output, {}, resume=False, overwrite=True)
+    claim_output_folder(output, {}, resume=False, overwrite=True)
     assert sorted(path.name for path in output.iterdir()) == ["arguments.json", "notes.txt"]
 
 
@@ -393,78 +409,12 @@ def test_an_unknown_layer_group_is_named_and_the_output_folder_stays_free(tmp_pa
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder of eight pictures with a `metadata.jsonl`, as a user makes it."""
-    folder = tmp_path / "my pages"
-    (folder / "scans").mkdir(parents=True)
-    own = handwritten(page_size=192)
-    with (folder / "metadata.jsonl").open("w") as metadata:
-        for index in range(8):
-            page = own[index]
-            page["image"].crop((0, 0, 192, 150)).save(folder / "scans" / f"{index}.png")
-            metadata.write(json.dumps({"file_name": f"scans/{index}.png", "text": page["text"]}) + "\n")
+    """A folder of eight receipts; the first is a CMYK JPEG."""
+    folder = write_receipts(tmp_path / "my pages", 8)
+    rows = read_metadata(folder)
+    draw_receipt(text_of(0)).convert("CMYK").save(folder / "scans" / "0.jpg")
+    write_metadata(folder, [rows[0] | {"file_name": "scans/0.jpg"}, *rows[1:]])
     return folder
-
-
-def load(source, **options):
-    chosen = {"image_column": "image", "text_column": "text", "held_out_fraction": 0.25, "seed": 0} | options
-    return pages.load_own_pages(str(source), **chosen)
-
-
-def test_own_pages_keep_their_pictures_with_their_texts_and_are_held_out_once(folder):
-    """Pictures in the order of the file system, or a page on both sides, would spoil the training or the measure."""
-    parts = load(folder)
-    assert [len(part) for part in parts] == [6, 2]
-    own = handwritten(page_size=192)
-    expected = sorted((own[i]["text"], own[i]["image"].crop((0, 0, 192, 150)).tobytes()) for i in range(8))
-    found = sorted((page["text"], page["image"].tobytes()) for part in parts for page in part)
-    assert found == expected
-
-
-def test_a_data_set_that_datasets_opens_keeps_its_own_split(folder, tmp_path, monkeypatch):
-    """Splitting anew would train on the pages that the user holds out."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = [{"scan": str(folder / "scans" / f"{index}.png"), "says": str(index)} for index in range(8)]
-    for split, part in (("train", rows[:5]), ("validation", rows[5:])):
-        (tmp_path / "tables").mkdir(exist_ok=True)
-        datasets.Dataset.from_list(part).to_parquet(str(tmp_path / "tables" / f"{split}.parquet"))
-    train, held_out = load(tmp_path / "tables", image_column="scan", text_column="says")
-    assert [page["text"] for page in train] == list("01234")
-    assert [page["text"] for page in held_out] == list("567")
-    assert train[0]["image"].size == (192, 150)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "options", "error", "message"),
-    [
-        ('{"file_name": "scans/0.png", "words": "1"}\n' * 4, {}, ValueError, "no column 'text'.*--text_column"),
-        ('{"file_name": "scans/0.png", "text": "1"}\n' * 4, {"image_column": "scan"}, ValueError, "--image_column"),
-        ('{"file_name": "scans/9.png", "text": "1"}\n', {}, FileNotFoundError, "line 1 names .*9.png"),
-        ('{"file_name": "scans/0.png"\n', {}, ValueError, "line 1 is not JSON"),
-        ('{"text": "1"}\n', {}, ValueError, "line 1 has no 'file_name'"),
-        ("", {}, ValueError, "0 pages"),
-        ('{"file_name": "scans/0.png", "text": "1"}\n', {}, ValueError, "at least 2"),
-    ],
-)
-def test_data_that_cannot_be_used_is_refused_with_the_reason(folder, metadata, options, error, message):
-    """Each of these was a KeyError, an empty loader, or a crash in the middle of training."""
-    (folder / "metadata.jsonl").write_text(metadata)
-    with pytest.raises(error, match=message):
-        load(folder, **options)
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    """`datasets` would look for a data set of that name on the Hub."""
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("text", ["", "  ", None, 7])
-def test_a_page_without_text_is_refused_with_its_number(folder, text):
-    """A blank text teaches the model to say nothing; a number crashes the tokenizer."""
-    rows = [{"image": str(folder / "scans" / "0.png"), "text": text}]
-    own = pages.OwnPages(datasets.Dataset.from_list(rows), image_column="image", text_column="text")
-    with pytest.raises(ValueError, match="Page 0 has the text"):
-        own[0]
 
 
 def test_own_pages_encoder_and_language_model_train_and_frozen_groups_stay(finished, folder, tmp_path):
@@ -482,25 +432,83 @@ def test_own_pages_encoder_and_language_model_train_and_frozen_groups_stay(finis
     shutil.copytree(finished / "encoder", tmp_path / "start")
     options = ["--data", str(folder), "--encoder", str(tmp_path / "start"), "--language_model", str(language_model)]
     options += ["--freeze", "sam", "clip.embeddings", "--page_size", "192", "--no_compare_frozen"]
+    options += ["--held_out_fraction", "0.25"]
     process = finetune_in_a_process(tmp_path / "output", *options)
     assert process.returncode == 0, process.stderr
     start = AutoModel.from_pretrained(tmp_path / "start").state_dict()
     end = AutoModel.from_pretrained(tmp_path / "output" / "encoder").state_dict()
     changed = {key for key in start if not torch.equal(start[key], end[key])}
     assert changed == {key for key in start if key.startswith("vision_model.transformer.")}
-    assert "character accuracy" in (tmp_path / "output" / "report.md").read_text()
+    report = (tmp_path / "output" / "report.md").read_text()
+    assert "6 pages to train on, 2 held out" in report
+    assert "encoder frozen" not in report
 
 
-# Scores
+def finetune_here(output: Path, *options: str) -> None:
+    """Run the example in this process."""
+    finetune.main(command(output, "--use_cpu", "true", "--disable_tqdm", "true", *options)[2:])
 
 
-def test_scores_count_what_they_say():
-    """A score that is right for perfect readings only, as most wrong ones are."""
-    read, written = ["12\n3", "45", "6789"], ["12\n4", "55", "678"]
-    assert report.character_accuracy(read, written) == 6 / 8
-    assert report.page_accuracy(read, written) == 0
-    assert report.character_error_rate(read, written) == 3 / 9
-    assert [report.edit_distance(*pair) for pair in (("", "ab"), ("kitten", "sitting"), ("ab", "ba"))] == [2, 3, 2]
+def test_the_report_is_of_the_best_model_where_that_is_the_one_that_is_saved(folder, tmp_path):
+    """Pins the last loss beside the weights of an earlier step."""
+    output = tmp_path / "output"
+    options = ["--data", str(folder), "--page_size", "128", "--no_compare_frozen", "--load_best_model_at_end", "true"]
+    # The first evaluation is the best one if a large loss is what is wanted.
+    options += ["--metric_for_best_model", "loss", "--greater_is_better", "true", "--eval_steps", "2"]
+    finetune_here(output, *options)
+    result = json.loads((output / "trained" / "result.json").read_text())
+    found = {entry["step"]: entry["eval_loss"] for entry in result["history"] if "eval_loss" in entry}
+    assert len(found) == 3
+    assert result["step"] == max(found, key=found.get) < STEPS
+    assert result["loss"] == found[result["step"]]
+    checkpoint = output / "trained" / f"checkpoint-{result['step']}"
+    best, saved = (LlavaForConditionalGeneration.from_pretrained(path) for path in (checkpoint, output / "composite"))
+    assert_same_weights(saved, best)
+    assert f"{result['loss']:.4f}" in (output / "report.md").read_text()
+
+
+def test_changed_pages_are_not_gone_on_with(folder, tmp_path):
+    """Pins old scores under new images: what is finished was kept whatever its pages had become."""
+    options = ["--data", str(folder), "--page_size", "128", "--no_compare_frozen", "--max_steps", "1"]
+    finetune_here(tmp_path / "output", *options)
+    draw_receipt("another").save(folder / "scans" / "3.png")
+    with pytest.raises(ValueError, match="what --data holds has changed since"):
+        finetune_here(tmp_path / "output", *options, "--resume_from_checkpoint", "true")
+
+
+@pytest.mark.parametrize("cause", ["disk", "drawing", "saving"])
+def test_what_would_fail_at_the_end_fails_before_the_first_step(folder, tmp_path, monkeypatch, cause):
+    """Pins a run of hours that cannot be saved or drawn."""
+    if cause == "disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+        message = "0.0 GB left"
+    elif cause == "drawing":
+        monkeypatch.setattr(finetune, "draw_predictions", fail)
+        message = "cannot be done"
+    else:
+        monkeypatch.setattr(LlavaForConditionalGeneration, "save_pretrained", fail)
+        message = "cannot be done"
+    options = ["--data", str(folder), "--page_size", "128", "--no_compare_frozen"]
+    with pytest.raises(OSError, match=message):
+        finetune_here(tmp_path / "output", *options)
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["arguments.json"]
+
+
+def fail(*arguments, **options) -> None:
+    raise OSError("cannot be done")
+
+
+def test_what_is_trained_is_saved_before_anything_is_read_or_drawn(folder, tmp_path, monkeypatch):
+    """Pins a model that is lost because its report fails."""
+    monkeypatch.setattr(runs, "read_pages", fail)
+    options = ["--data", str(folder), "--page_size", "128", "--no_compare_frozen"]
+    with pytest.raises(OSError, match="cannot be done"):
+        finetune_here(tmp_path / "output", *options)
+    for name in ("composite", "encoder"):
+        assert (tmp_path / "output" / name / "model.safetensors").is_file()
+
+
+# Files
 
 
 def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path):

@@ -1,15 +1,23 @@
 """Runs that are killed, again and again, and give the losses of a run that was not."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import training_job
 import transformers
+from helpers import assert_same_weights
 from packaging import version
 from training_job import Job, needs_fsdp_on_cpu, result_of, tensors_of
+from transformers import AutoModel, LlavaForConditionalGeneration
 from transformers.trainer_utils import get_last_checkpoint
 
 from deepseek_ocr_vision.training.resuming import last_complete_checkpoint, why_incomplete
@@ -90,3 +98,97 @@ def test_a_process_that_dies_while_it_saves_its_random_state_leaves_an_incomplet
     assert last_complete_checkpoint(tmp_path, num_processes=2) == str(tmp_path / "checkpoint-2")
     os.remove(tmp_path / "checkpoint-4" / "rng_state_1.pth")
     assert "rng_state_1.pth is missing" in why_incomplete(tmp_path / "checkpoint-4", num_processes=2)
+
+
+# The example, by two processes
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+TIME_LIMIT = 300  # seconds
+
+
+@contextmanager
+def finetuning(folder: Path, output: Path, *options: str) -> Iterator[subprocess.Popen]:
+    """`examples/finetune.py` started by accelerate in two processes, as its documents say."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher += ["--config_file", str(EXAMPLES / "accelerate" / "two_cpus.yaml"), str(EXAMPLES / "finetune.py")]
+    few = ["--max_steps", str(STEPS), "--save_steps", "2", "--eval_steps", "2", "--logging_steps", "1"]
+    few += [
+        "--per_device_train_batch_size",
+        "2",
+        "--page_size",
+        "128",
+        "--no_compare_frozen",
+        "--disable_tqdm",
+        "true",
+    ]
+    command = [*launcher, "--data", str(folder), "--output_dir", str(output), *few, *options]
+    variables = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=variables, text=True, start_new_session=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def finetune(folder: Path, output: Path, *options: str) -> tuple[int, str]:
+    """Run the example to its end; exit code and what it wrote."""
+    with finetuning(folder, output, *options) as process:
+        written, _ = process.communicate(timeout=TIME_LIMIT)
+        return process.returncode, written
+
+
+def kill_one_of_two(folder: Path, output: Path) -> int:
+    """Kill the process that does not write as soon as there is a checkpoint; gives the launcher's exit code."""
+    with finetuning(folder, output) as process:
+        deadline = time.monotonic() + TIME_LIMIT
+        while not (output / "trained" / "checkpoint-2" / "trainer_state.json").exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(process_of_rank(1, [int(child) for child in children]), signal.SIGKILL)
+        process.communicate(timeout=TIME_LIMIT)
+        return process.returncode
+
+
+def process_of_rank(rank: int, processes: list[int]) -> int:
+    """The one that the launcher gave a rank."""
+    return next(pid for pid in processes if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in Linux's /proc")
+def test_two_processes_leave_one_whole_model_also_where_one_was_killed(tmp_path):
+    """Pins models without weights: both processes wrote them, and one of them had none."""
+    receipts = pytest.importorskip("receipts", reason="the extra `train` is not installed")
+    folder = receipts.write_receipts(tmp_path / "pages", 10)
+    outputs = {name: tmp_path / name for name in ("whole", "killed")}
+    code, written = finetune(folder, outputs["whole"])
+    assert code == 0, written
+    assert written.count("Everything is in") == 1
+    assert kill_one_of_two(folder, outputs["killed"]) != 0
+    assert not (outputs["killed"] / "composite").exists()
+    code, written = finetune(folder, outputs["killed"], "--resume_from_checkpoint", "true")
+    assert code == 0, written
+    results = [json.loads((output / "trained" / "result.json").read_text()) for output in outputs.values()]
+    logs = [[(e["step"], e.get("loss"), e.get("eval_loss")) for e in r["history"][:-1]] for r in results]
+    assert logs[0] == logs[1]
+    assert [len(result["read"]) for result in results] == [1, 1]
+    composites = [LlavaForConditionalGeneration.from_pretrained(output / "composite") for output in outputs.values()]
+    assert_same_weights(*composites)
+    encoder = AutoModel.from_pretrained(outputs["killed"] / "encoder")
+    assert_same_weights(encoder, composites[0].model.vision_tower)
+    assert "2 processes" in (outputs["killed"] / "report.md").read_text()
+
+
+def test_an_error_of_the_process_that_writes_ends_both_with_one_exit_code(tmp_path):
+    """Pins a process that waits for ever for one that has given up."""
+    receipts = pytest.importorskip("receipts", reason="the extra `train` is not installed")
+    folder = receipts.write_receipts(tmp_path / "pages", 2)
+    receipts.write_metadata(folder, [{"file_name": "scans/0.png", "text": ""}] * 3)
+    code, written = finetune(folder, tmp_path / "output")
+    assert code == 1
+    assert written.count("3 texts that are empty or blank") == 1
+    assert not (tmp_path / "output").exists()
