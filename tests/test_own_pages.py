@@ -160,7 +160,7 @@ MISTAKES = [
     ('{"file_name": "scans/5.png", "text": "the <eos>"}', r"line 6 \(<eos>\)"),
     ('{"file_name": "scans/99.png", "text": "1"}', r"images that cannot be read.*line 7 \(FileNotFoundError"),
     ('{"file_name": "scans/cut.png", "text": "2"}', r"line 8 \(\w+Error"),
-    ('{"file_name": "scans/no.png", "text": "3"}', r"line 9 \(UnidentifiedImageError"),
+    ('{"file_name": "scans/no.png", "text": "3"}', r"line 9 \(OSError: .*cannot identify an image"),
     ('{"file_name": "../secret.png", "text": "4"}', r"not in the folder of the data: \S+metadata.jsonl, line 10"),
     ('{"file_name": "scans/6.png"', r"not JSON in UTF-8: \S+metadata.jsonl, line 11"),
     ('["scans/6.png"]', r"not JSON objects: \S+metadata.jsonl, line 12"),

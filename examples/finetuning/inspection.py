@@ -78,8 +78,8 @@ def look(table: Table, row: int, *, measure: bool) -> tuple[str, tuple[int, int]
     """An image's digest, shape, height of a line, and why it cannot be read."""
     try:
         content = image_bytes(table.images[row])
-        image = decoded(content, str(table.images[row]) if not isinstance(table.images[row], dict) else "the image")
-    except Exception as error:  # decoders raise whatever broken bytes lead them to
+        image = decoded(content, "the image" if isinstance(table.images[row], dict) else str(table.images[row]))
+    except (OSError, ValueError) as error:
         return "", (0, 0), None, f"{type(error).__name__}: {error}"
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     return digest, (image.height, image.width), line_height(image) if measure else None, ""

@@ -18,7 +18,7 @@ import datasets
 from PIL import Image
 from torch.utils.data import Dataset
 
-from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import read_image
+from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import open_image, read_image
 
 
 SPLIT_NAMES = {
@@ -104,8 +104,14 @@ def image_bytes(source: str | Path | dict[str, Any] | None) -> bytes:
 
 
 def decoded(content: bytes, name: str) -> Image.Image:
-    """An image file as the encoder sees it: the first frame, upright, in RGB over white paper."""
-    return read_image(Image.open(BytesIO(content)), name, None, True, False)[0]
+    """An image file as the encoder sees it: the first frame, upright, in RGB over white paper.
+
+    Raises:
+        ValueError: It has more pixels than Pillow allows.
+        OSError: It is broken, or no image.
+    """
+    options = {"input_data_format": None, "do_convert_rgb": True, "keeps_tensor": False}
+    return read_image(open_image(BytesIO(content), name), name, **options)[0]
 
 
 # Opening
