@@ -37,6 +37,7 @@ from deepseek_ocr_vision.training import (
     resume,
     why_incomplete,
 )
+from deepseek_ocr_vision.weights import load_encoder
 
 
 __version__ = "0.2.0"
@@ -61,6 +62,7 @@ __all__ = [
     "gradient_report",
     "last_complete_checkpoint",
     "layer_decay_groups",
+    "load_encoder",
     "load_weights",
     "make_resumable",
     "precompute_features",

@@ -6,12 +6,10 @@ Thin over the package: `extract` is `from_deepseek_ocr`, `write-back` is `write_
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +22,7 @@ from deepseek_ocr_vision.encoding.threads import fit_threads
 from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import require_image_suffix, save_image
-from deepseek_ocr_vision.weights import atomic_write, check_checkpoint, load_encoder
+from deepseek_ocr_vision.weights import atomic_write, check_checkpoint, compare_checksums, load_encoder
 
 
 FAILED, SOME_FAILED, INTERRUPTED = 1, 3, 130
@@ -35,6 +33,8 @@ def extract(options: argparse.Namespace) -> int:
     """Write the encoder of a checkpoint as one of its own, which loads by the Auto classes."""
     hub_options = {"revision": options.revision, "cache_dir": options.cache_dir, "preset": options.preset}
     hub_options["local_files_only"] = options.local_files_only
+    if os.path.exists(options.source):
+        compare_checksums(options.source)
     with atomic_write(options.target) as partial:
         model = DeepSeekOCRVisionModel.from_deepseek_ocr(
             options.source, feature_mode=options.feature_mode, dtype=options.dtype, **hub_options
@@ -55,6 +55,8 @@ def extract(options: argparse.Namespace) -> int:
 
 def write_back(options: argparse.Namespace) -> int:
     """Write a full checkpoint with the encoder's weights in it replaced."""
+    if os.path.exists(options.model):
+        compare_checksums(options.model)
     model = DeepSeekOCRVisionModel.from_pretrained(options.model, dtype="auto")
     report = model.write_deepseek_ocr(
         options.base, options.target, revision=options.revision, cache_dir=options.cache_dir
@@ -64,7 +66,7 @@ def write_back(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Check a checkpoint on this machine: its checksums, and every weight of the encoder in it."""
+    """Check a checkpoint on this machine: its checksums, that it loads, and that a page gives finite tokens."""
     sys.stdout.write(f"{check_checkpoint(options.folder)}\n")
     return 0
 
@@ -72,9 +74,9 @@ def verify(options: argparse.Namespace) -> int:
 def show(options: argparse.Namespace) -> int:
     """Draw a sheet of what the encoder sees for each page."""
     targets = _sheets(options.pages, options.out)
-    model = DeepSeekOCRVisionModel.from_pretrained(options.model, dtype="auto")
+    model, image_processor = load_encoder(options.model, preset=options.preset)
     for page, target in zip(options.pages, targets, strict=True):
-        view = view_page(model, page)
+        view = view_page(model, page, image_processor=image_processor)
         title = f"{page.name}: {view.grid[0]} x {view.grid[1]} tokens of {options.model}"
         save_image(draw_sheet(view, options.token, layer=options.layer, title=title), target)
         sys.stdout.write(f"{target}\n")
@@ -84,25 +86,21 @@ def show(options: argparse.Namespace) -> int:
 def encode(options: argparse.Namespace) -> int:
     """Encode pages into a table of tokens."""
     choices = {name: getattr(options, name) for name in ("preset", "mode", "feature_mode", "dtype")}
-    names = ("out", "tokens", "batch_size", "num_workers", "pages_per_file", "dpi", "split", "image_column", "shard")
-    names += ("ray", "num_encoders", "gpus_per_encoder")
+    names = ("out", "tokens", "batch_size", "num_workers", "pages_per_file", "dpi", "split", "image_column")
     fields = {name: getattr(options, name) for name in names}
-    fields["timeout"] = options.timeout if options.num_workers else None
-    if options.progress_json:
-        fields |= {"show_progress": False, "on_progress": _write_progress}
     try:
         model, image_processor = load_encoder(options.model, **choices)
-        is_here = options.ray is None  # Ray moves what it has
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        model.to((options.device or accelerator) if is_here else "cpu")
-        if is_here and model.device.type == "cpu":
+        model.to(options.device or accelerator)
+        if model.device.type == "cpu":
             height, width = (image_processor.size[side] for side in ("height", "width"))
             fit_threads(model, num_pixels=options.batch_size * height * width)
-        summary = encode_pages(options.inputs, model, image_processor, **fields)
+        timeout = options.timeout if options.num_workers else None
+        summary = encode_pages(options.inputs, model, image_processor, timeout=timeout, **fields)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. What is finished stays; the same command goes on from there.\n")
         return INTERRUPTED
-    (sys.stderr if options.progress_json else sys.stdout).write(f"{options.out}: {summary}\n")
+    sys.stdout.write(f"{options.out}: {summary}\n")
     if not summary.problems:
         return 0
     return SOME_FAILED if summary.num_pages else FAILED
@@ -116,20 +114,19 @@ def read(options: argparse.Namespace) -> int:
 
     prompt = prompt_of(options.prompt)
     where = {"dpi": options.dpi, "split": "train", "image_column": "image", "num_workers": 0, "timeout": None}
-    found = find_pages(options.pages, **where)
+    sources, pages, problems = find_pages(options.pages, **where)
     names = ("mode", "dtype", "device", "revision", "cache_dir")
     model, processor = load_reader(options.model, **{name: getattr(options, name) for name in names})
     names = ("max_new_tokens", "ngram_size", "window_size")
     choices = {name: getattr(options, name) for name in names} | {"prompt": prompt}
-    failed = [f"{problem.source}: {problem.error}" for problem in found.problems]
-    sys.stderr.writelines(f"Left out ({kind}): {', '.join(names)}\n" for kind, names in found.left_out.items())
+    failed = [f"{problem.source}: {problem.error}" for problem in problems]
     num_read = 0
-    for page in found.pages:
+    for page in pages:
         name = f"{page.source}, page {page.number + 1}"
         sys.stderr.write(f"{name}\n")
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
-            read_page(model, processor, found.sources[page.source].read(page), **choices, streamer=streamer)
+            read_page(model, processor, sources[page.source].read(page), **choices, streamer=streamer)
             num_read += 1
         except (OSError, ValueError) as error:
             failed.append(f"{name}: {error}")
@@ -137,19 +134,6 @@ def read(options: argparse.Namespace) -> int:
     if not failed:
         return 0
     return SOME_FAILED if num_read else FAILED
-
-
-def _write_progress(progress: dict[str, Any]) -> None:
-    sys.stdout.write(f"{json.dumps(progress)}\n")
-    sys.stdout.flush()
-
-
-def _shard(text: str) -> tuple[int, int]:
-    try:
-        number, num_shards = map(int, text.split("/"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 0/8") from error
-    return number, num_shards
 
 
 def _sheets(pages: Sequence[Path], out: str | None) -> list[Path]:
@@ -257,8 +241,8 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "verify",
         help="check a checkpoint on this machine",
-        description="Compare a checkpoint's files with its SHA256SUMS, if it has them, and make sure that every "
-        "weight of the encoder is there, of the right shape and finite. Exit code 1 if not.",
+        description="Compare a checkpoint's files with its SHA256SUMS, if it has them, load the encoder, and make "
+        "sure that its weights and the tokens of a page are finite. Exit code 1 if not.",
         epilog="deepseek-ocr-vision verify encoder",
     )
     parser.add_argument("folder", type=Path, help="the encoder's checkpoint, or a released one")
@@ -273,11 +257,12 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
         "attends to, and the pixels that it depends on. Needs matplotlib (extra `train`).",
         epilog="deepseek-ocr-vision show page.png --model encoder --token 3,5",
     )
-    parser.add_argument("pages", nargs="+", type=Path, metavar="page", help="picture file")
-    parser.add_argument("--model", required=True, help="the encoder: folder or Hub id")
+    parser.add_argument("pages", nargs="+", type=Path, metavar="page", help="image file")
+    parser.add_argument("--model", required=True, help="the encoder, or a released checkpoint: folder or Hub id")
+    parser.add_argument("--preset", choices=list(PRESETS), help="other preprocessing than the checkpoint's")
     parser.add_argument(
         "--out",
-        help="picture file to write or, for several pages, a folder; what is there is replaced (default: "
+        help="image file to write or, for several pages, a folder; what is there is replaced (default: "
         "NAME-sheet.png here)",
     )
     parser.add_argument(
@@ -328,29 +313,6 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
         help="how tokens are stored; none: their mean alone (default: as they are computed)",
     )
     parser.add_argument("--pages-per-file", type=int, default=128, help="pages of a part (default: %(default)s)")
-    parser.add_argument(
-        "--shard",
-        type=_shard,
-        default=(0, 1),
-        metavar="I/N",
-        help="encode the I-th of N shares of the pages, from 0, as one of several commands that share them",
-    )
-    parser.add_argument(
-        "--ray",
-        nargs="?",
-        const="local",
-        metavar="ADDRESS",
-        help="by actors of Ray, on a cluster at ADDRESS or, without it, on this machine",
-    )
-    parser.add_argument("--encoders", type=int, default=1, dest="num_encoders", help="on Ray (default: %(default)s)")
-    parser.add_argument(
-        "--gpus-per-encoder", type=float, default=0, help="on Ray; may be a fraction (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--progress-json",
-        action="store_true",
-        help="a line of JSON every few seconds in place of the bar: pages, errors, rate, the encoder's share",
-    )
     parser.add_argument("--dpi", type=float, default=144, help="that PDFs are drawn with (default: %(default)s)")
     parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
     parser.add_argument("--image-column", default="image", help="of a dataset (default: %(default)s)")

@@ -25,35 +25,32 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, ModelInfo, get_token
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from deepseek_ocr_vision.configuration import PRESETS, DeepSeekOCRVisionConfig, preset_of
+from deepseek_ocr_vision.configuration import PRESETS, DeepSeekOCRVisionConfig
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
-from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS, FLAT_CODE, PACKAGE
+from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS, PACKAGE
 from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import (
     read_checksums,
     sha256_of,
     verify_checksums,
     write_checksums,
 )
-from deepseek_ocr_vision.weights import atomic_write, check_repository_id
+from deepseek_ocr_vision.saving.code import FLAT_CODE
+from deepseek_ocr_vision.saving.staging import atomic_write, staging_folder
+from deepseek_ocr_vision.weights import check_repository_id, compare_checksums, is_encoder, load_encoder
+from deepseek_ocr_vision.weights.checkpoints import read_config
+from deepseek_ocr_vision.weights.repository import RUN_AGAIN, TOKEN, explained, without_token
 
 
 BASE_MODEL = "deepseek-ai/DeepSeek-OCR"
 LICENSE = "mit"
 CARD, WEIGHTS = "README.md", "model.safetensors"
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # What `stage` writes is what `push` sends: all of these names, and no other.
 PUBLISHED = (
     CARD,
@@ -66,11 +63,9 @@ PUBLISHED = (
 # A repository that holds one of these and no config.json is somebody's model of another kind.
 WEIGHT_SUFFIXES = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors", ".tflite")
 
-SHOWN_KEYS = 10
 PAGE = (448, 512)
 """Width and height of the page that tokens are compared on; multiples of 64, for processors that do not resize."""
 
-_TOKEN = re.compile(r"(?<!\w)hf_\w{20,}")
 _FEATURES = {
     "residual": "`tokens + CLIP(tokens)`, as the package `deepseek-ocr-encoder` computes them",
     "concat": "`concat(CLIP(tokens), tokens)`, as the released model has them before its projector",
@@ -78,22 +73,12 @@ _FEATURES = {
     "sequence": "`concat(CLIP(tokens), tokens)` after the released projector, with the learned `image_newline` after "
     "each row and `view_seperator` at the end, as the sequence of DeepSeek-OCR's decoder has them",
 }
-_ADVICE = {
-    401: "Log in with `hf auth login`, or set HF_TOKEN to a token that can write there.",
-    403: "The token may not write there; use one that can, or open a pull request with --create-pr.",
-    404: "There is no such repository or branch, or the token may not see it.",
-    409: "It is there, but the token may not see it.",
-    412: "Somebody else has committed in the meantime; run it again.",
-    429: "Too many requests; wait a while and run it again.",
-}
-_RUN_AGAIN = "Run it again: what the Hub has already is not sent a second time."
-
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How tokens of a staged folder compare with those of the checkpoint, on one drawn page.
+    """How tokens of a staged folder compare with those of the checkpoint, on one rendered page.
 
     Attributes:
         difference: The largest difference, over the standard deviation of the tokens; anything but 0.0 is an error.
@@ -131,7 +116,7 @@ def stage(
 ) -> list[Path]:
     """Write a checkpoint into a new folder as a Hub repository holds it: the files of `PUBLISHED`.
 
-    The folder appears in one step, at the end: what is interrupted leaves nothing behind under its name.
+    The write is atomic: what is interrupted leaves nothing under the folder's name.
 
     Args:
         checkpoint: A folder with the encoder's `config.json` and weights. Its image processor is taken if it has one,
@@ -155,13 +140,15 @@ def stage(
     checkpoint, folder = Path(checkpoint), Path(folder)
     with atomic_write(folder) as staged:
         model, image_processor = _read(checkpoint)
-        page = _draw_page(staged.with_name("page.png"))
+        page = _render_page(staged.with_name("page.png"))
         # More than there is: one file, whatever the size.
         model.save_pretrained(staged, max_shard_size=2**60)
         image_processor.save_pretrained(staged)
         parity = _compare(_encode(*_read(staged), page), _encode(model, image_processor, page), staged)
         write_checksums(staged)
-        card = _model_card(staged, model, image_processor, parity, repo_id, license, base_model)
+        card = _model_card(
+            staged, model, image_processor, parity=parity, repo_id=repo_id, license=license, base_model=base_model
+        )
         (staged / CARD).write_text(card, encoding="utf-8")
     return sorted(folder.iterdir())
 
@@ -172,19 +159,22 @@ def _read(checkpoint: Path) -> tuple[DeepSeekOCRVisionModel, DeepSeekOCRVisionIm
         raise NotADirectoryError(
             f"{checkpoint} is no folder; a checkpoint is a folder with a config.json and weights."
         )
-    model = DeepSeekOCRVisionModel.from_pretrained(checkpoint, dtype="auto")
+    if not is_encoder(checkpoint):
+        model_type = read_config(checkpoint / "config.json").get("model_type")
+        raise ValueError(
+            f"{checkpoint} holds another model (model_type {model_type!r}); `deepseek-ocr-vision extract` gets the "
+            "encoder out of a whole checkpoint."
+        )
+    compare_checksums(checkpoint)
+    model, image_processor = load_encoder(checkpoint)
     keys = [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
     if keys:
-        more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
-        raise ValueError(f"{checkpoint} has NaN or infinity in {', '.join(keys[:SHOWN_KEYS])}{more}.")
-    if any((checkpoint / name).is_file() for name in PROCESSOR_FILES):
-        return model, DeepSeekOCRVisionImageProcessor.from_pretrained(checkpoint)
-    preset = preset_of(model.config.feature_mode)
-    return model, DeepSeekOCRVisionImageProcessor(preset, size=model.config.image_size)
+        raise ValueError(f"{checkpoint} has NaN or infinity in {list_some(keys)}.")
+    return model, image_processor
 
 
-def _draw_page(path: Path) -> Path:
-    """Draw a page: lines of text, and a coloured figure that tells the order of the channels."""
+def _render_page(path: Path) -> Path:
+    """Render a page: lines of text, and a coloured figure that tells the order of the channels."""
     page = Image.new("RGB", PAGE, "white")
     draw = ImageDraw.Draw(page)
     for line in range(20):
@@ -210,7 +200,7 @@ def _compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], 
     """Require that both are the same to the last bit."""
     tokens, expected_tokens = found["tokens"].double(), expected["tokens"].double()
     if not torch.isfinite(expected_tokens).all():
-        raise ValueError(f"{folder}: the checkpoint's own tokens of a drawn page are not finite.")
+        raise ValueError(f"{folder}: the checkpoint's own tokens of a rendered page are not finite.")
     if not torch.equal(found["pixel_values"], expected["pixel_values"]):
         raise ValueError(f"{folder} prepares a page in another way than the checkpoint.")
     if tokens.shape != expected_tokens.shape:
@@ -233,6 +223,7 @@ def _model_card(
     folder: Path,
     model: DeepSeekOCRVisionModel,
     image_processor: DeepSeekOCRVisionImageProcessor,
+    *,
     parity: Parity,
     repo_id: str,
     license: str,
@@ -271,20 +262,20 @@ def _model_card(
 def _shapes(model: DeepSeekOCRVisionModel, image_processor: DeepSeekOCRVisionImageProcessor) -> dict[str, Any]:
     """What the card says of the ways in and out."""
     config, size = model.config, image_processor.size
-    height, width, tokens, page = "height", "width", "tokens", "pictures in their own size"
+    height, width, tokens, page = "height", "width", "tokens", "images in their own size"
     geometry = "left in their size, whose sides have to be multiples of 64"
     if image_processor.do_resize:
         height, width = size["height"], size["width"]
-        # A page of this size; where there are tiles, a picture that is larger has more tokens.
+        # A page of this size; where there are tiles, a larger image has more tokens.
         small = min(height, width, image_processor.tile_size or height)
         tokens = image_processor.num_image_tokens(small, small, feature_mode=config.feature_mode)
         page = f"{height} x {width}"
         pads = image_processor.do_pad
         pads = PRESETS[image_processor.preset].pads(height, width) if pads is None else pads
         geometry = f"fitted into {page} pixels, the rest grey" if pads else f"stretched to {page} pixels"
-    marks = ", a newline after each row, a separator at the end" if config.feature_mode == "sequence" else ""
+    special = ", a newline after each row, a separator at the end" if config.feature_mode == "sequence" else ""
     return {
-        "order": f"row by row{marks}",
+        "order": f"row by row{special}",
         "pixel_shape": f"[1, {config.num_channels}, {height}, {width}]",
         "token_shape": f"[1, {tokens}, {config.hidden_size}]",
         "page": page,
@@ -322,8 +313,8 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Parity:
     """
     folder, checkpoint = Path(folder).resolve(), Path(checkpoint).resolve()
     _check_sums(folder)
-    with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
-        page, copy = _draw_page(Path(temporary) / "page.png"), Path(temporary) / "copy"
+    with staging_folder(tempfile.gettempdir()) as temporary:
+        page, copy = _render_page(temporary / "page.png"), temporary / "copy"
         expected = _encode(*_read(checkpoint), page)
         parity = _compare(_encode_in_a_fresh_process(folder, page, copy=copy), expected, folder)
         try:
@@ -347,14 +338,14 @@ def _encode_in_a_fresh_process(source: Path, page: Path, *, copy: Path | str = "
     functions = (inspect.getsource(function) for function in (_encode, _load_encode_save))
     start = "from __future__ import annotations\nimport sys\nimport torch\n"
     program = "\n\n".join([start, *functions, "_load_encode_save(*sys.argv[1:])"])
-    with tempfile.TemporaryDirectory(prefix="reader-") as home:
-        result = Path(home) / "result.safetensors"
+    with staging_folder(tempfile.gettempdir()) as home:
+        result = home / "result.safetensors"
         # -P: nothing is imported from the working directory.
         command = [sys.executable, "-P", "-c", program, *map(str, (source, page, result, copy))]
         finished = subprocess.run(
             command,
             cwd=home,
-            env=_environment_of_a_reader(home),
+            env=_environment_of_a_reader(str(home)),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -422,10 +413,11 @@ def push(
 
     Args:
         folder: What `stage` wrote and `verify` approved.
-        repo_id: The repository, `namespace/name`; made if it is not there, save for a pull request.
+        repo_id: The repository, `namespace/name`; made if it is not there, except for a pull request.
         private: Whether the repository has to be private.
         create_pr: Whether to open a pull request instead of committing.
-        revision: The branch, made from `main` if it is not there, save for a pull request. Defaults to `main`.
+        revision: The branch, made from `main` if it is not there, except for a
+            pull request. Defaults to `main`.
         force: Whether a repository that holds another model may be overwritten.
         token: The token, by default that of `HF_TOKEN` or of `hf auth login`.
 
@@ -444,7 +436,7 @@ def push(
     paths = files_to_publish(folder, token=token)
     _check_sums(folder)
     api = HfApi(token=token)
-    with _errors_of(repo_id, token):
+    with explained(repo_id, token=token):
         parent = _prepare(api, repo_id, revision, private=private, create_pr=create_pr, force=force)
         changed = _differing(api, repo_id, paths, revision=parent) if parent else paths
         if not changed:
@@ -462,7 +454,7 @@ def push(
         wrong = _differing(api, repo_id, paths, revision=commit.pr_revision or commit.oid)
     if wrong:
         names = ", ".join(path.name for path in wrong)
-        raise OSError(f"{commit.commit_url} is there, but {names} is not what was sent. {_RUN_AGAIN}")
+        raise OSError(f"{commit.commit_url} is there, but {names} is not what was sent. {RUN_AGAIN}")
     return commit.pr_url or commit.commit_url
 
 
@@ -483,7 +475,7 @@ def files_to_publish(folder: str | os.PathLike, *, token: str | None = None) -> 
         raise ValueError(f"{folder}: {', '.join(links)} is a link; only files of the folder itself are published.")
     for path in paths:
         text = "" if path.name == WEIGHTS else path.read_text(encoding="utf-8", errors="replace")
-        if _TOKEN.search(text) or (token and token in text):
+        if TOKEN.search(text) or (token and token in text):
             raise ValueError(f"{path} holds what looks like a token of the Hub; it must not be published.")
     return paths
 
@@ -568,34 +560,6 @@ def _is_same(entry: RepoFile | None, path: Path, sums: dict[str, str]) -> bool:
     return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(contents) + contents, usedforsecurity=False).hexdigest()
 
 
-@contextmanager
-def _errors_of(repo_id: str, token: str) -> Iterator[None]:
-    """Raise what the client raises as an `OSError` that says which repository, which status, and what to do.
-
-    A failed LFS upload comes out of the client as a `RuntimeError` around its cause, a download that could not begin
-    as an `EntryNotFoundError`, and an error page in place of an answer as a `JSONDecodeError`.
-    """
-    try:
-        yield
-    except (HTTPError, RuntimeError, EntryNotFoundError, json.JSONDecodeError) as error:
-        raise OSError(_without_token(f"{repo_id}: {_explanation(error)}", token)) from error
-
-
-def _explanation(error: BaseException) -> str:
-    causes = [error]
-    while cause := causes[-1].__cause__:
-        causes.append(cause)
-    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
-    response = getattr(answer, "response", None)
-    if response is None:
-        broken = next((cause for cause in causes if isinstance(cause, HTTPError)), error)
-        return f"the connection to the Hub failed ({type(broken).__name__}: {broken}). {_RUN_AGAIN}"
-    said = f" ({answer.server_message})" if answer.server_message else ""
-    # Without the query: a storage's URL is signed there.
-    where = f"{response.request.method} {response.request.url.path}"
-    return f"the Hub answered {response.status_code} to {where}{said}. {_ADVICE.get(response.status_code, _RUN_AGAIN)}"
-
-
 # All three.
 
 
@@ -626,8 +590,8 @@ def upload(
     _check_names(license=license, base_model=base_model, revision=revision)
     if not dry_run:
         _required_token(None)
-    with tempfile.TemporaryDirectory(prefix="hub-upload-") as temporary:
-        folder = Path(temporary) / "staged"
+    with staging_folder(tempfile.gettempdir()) as temporary:
+        folder = temporary / "staged"
         with _nothing_pushed_yet():
             _say(f"Staging {checkpoint}")
             stage(checkpoint, folder, repo_id=repo_id, license=license, base_model=base_model)
@@ -711,18 +675,14 @@ def run(options: argparse.Namespace) -> int:
     base_model = None if options.base_model == "none" else options.base_model
     try:
         upload(options.checkpoint, options.repo_id, license=options.license, base_model=base_model, **arguments)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         message = "\n".join([f"Error: {error}", *getattr(error, "__notes__", [])])
-        sys.stderr.write(f"{_without_token(message, os.environ.get('HF_TOKEN'))}\n")
+        sys.stderr.write(f"{without_token(message, os.environ.get('HF_TOKEN'))}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"Interrupted. {_RUN_AGAIN}\n")
+        sys.stderr.write(f"Interrupted. {RUN_AGAIN}\n")
         return 130
     return 0
-
-
-def _without_token(text: str, token: str | None) -> str:
-    return _TOKEN.sub("hf_...", text.replace(token, "hf_...") if token else text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

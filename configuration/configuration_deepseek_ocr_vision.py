@@ -7,6 +7,7 @@ patches, two strided convolutions compress its grid 4 x 4 to 1, and a CLIP-L tra
 import os
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -26,6 +27,7 @@ class _ValidatedConfig(PreTrainedConfig):
 
     def __init__(self, **kwargs):
         self._require_model_type(kwargs.pop("model_type", self.model_type))
+        self._require_common_fields(kwargs)
         super().__init__(**kwargs)
         self.validate()
 
@@ -34,6 +36,18 @@ class _ValidatedConfig(PreTrainedConfig):
         if model_type != cls.model_type:
             allowed = f"{cls.model_type!r} for a {cls.__name__}"
             raise ValueError(f"`model_type` is {model_type!r}; it has to be {allowed}.")
+
+    @staticmethod
+    def _require_common_fields(fields: dict[str, Any]) -> None:
+        """Refuse values of the fields that every model has over which transformers stumbles without naming them."""
+        for name, value in fields.items():
+            try:
+                config = PreTrainedConfig(**{name: value})
+                config.to_dict()
+                if not isinstance(config.dtype, torch.dtype | None):
+                    raise TypeError("no dtype of torch")
+            except (AttributeError, IndexError, KeyError, TypeError) as error:
+                raise ValueError(f"`{name}` is {value!r}, which transformers does not take ({error}).") from error
 
     def _require(self, field: str, condition: bool, allowed: str) -> None:
         """What a field has to be besides a value of its type."""
@@ -294,6 +308,15 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
             fields[field] = stage | given if isinstance(given, dict) else given
         return cls(**{"projection_dim": 48} | fields)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """Read the file; of a whole model transformers takes the part that is this encoder's, if there is one."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        part = config_dict.get(cls.base_config_key)
+        if not isinstance(part, dict) or part.get("model_type") != cls.model_type:
+            refuse_whole_model(pretrained_model_name_or_path, config_dict)
+        return config_dict, kwargs
+
     @property
     def concat_size(self) -> int:
         """Width of both stages' tokens side by side, which the projector reads."""
@@ -333,6 +356,20 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary, the derived `hidden_size` among them for readers of the JSON."""
         return super().to_dict() | {"hidden_size": self.hidden_size}
+
+
+def refuse_whole_model(source: str | os.PathLike, config_dict: dict[str, Any]) -> None:
+    """Say of a whole model's checkpoint that it is one, where an encoder's is asked for.
+
+    Raises:
+        ValueError: It is one.
+    """
+    model_type = config_dict.get("model_type")
+    if DeepSeekOCRVisionConfig.base_config_key in config_dict and model_type != DeepSeekOCRVisionConfig.model_type:
+        raise ValueError(
+            f"{source} is a whole checkpoint (model_type {model_type!r}): to get the encoder out of it, use "
+            "`DeepSeekOCRVisionModel.from_deepseek_ocr`, or `deepseek-ocr-vision extract`."
+        )
 
 
 def _as_config(field: str, value: Any, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:

@@ -25,7 +25,7 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 def write_checksums(folder: str | os.PathLike) -> Path:
-    """Write `SHA256SUMS` for every file in `folder`, the model card and hidden files aside.
+    """Write `SHA256SUMS` for every file in `folder` except the model card and hidden files.
 
     Returns:
         The path of the file.
@@ -49,7 +49,7 @@ def read_checksums(folder: str | os.PathLike) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; only converted and published checkpoints have checksums.")
     sums = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         match = _LINE.fullmatch(line)
         if not match or match["name"] in (".", ".."):
             raise ValueError(f"{path}, line {number}: {line!r} is no SHA-256 with the name of a file beside it.")

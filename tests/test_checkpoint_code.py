@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_imports
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor
-from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import FLAT_CODE, flatten, stage_code
+from deepseek_ocr_vision.saving.code import FLAT_CODE, flatten, stage_code
 
 
 LOAD_ENCODE_SAVE_AGAIN = """

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import assert_same_weights, pixels, released_tensors, run_python, tiny_config, write_checkpoint
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
@@ -79,6 +80,14 @@ def test_verify_finds_what_was_damaged(tmp_path, released, capsys):
     (encoder / "SHA256SUMS").unlink()
     assert main(["verify", str(encoder)]) == 1
     assert "sam_model.pos_embed holds NaN" in capsys.readouterr().err
+
+
+def test_show_takes_a_released_checkpoint(tmp_path, released, capsys):
+    """Pins `show`, which failed where `encode` worked."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    Image.new("RGB", (70, 50), "white").save(tmp_path / "page.png")
+    assert main(["show", str(tmp_path / "page.png"), "--model", str(released), "--out", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").is_file()
 
 
 def test_what_fails_says_why_and_leaves_nothing(tmp_path, released, capsys):

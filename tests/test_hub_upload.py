@@ -22,8 +22,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPVisio
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor
 from deepseek_ocr_vision import hub_upload as module
 from deepseek_ocr_vision.hub_upload import PUBLISHED, files_to_publish, main, push, stage, verify
-from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import FLAT_CODE
 from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import verify_checksums, write_checksums
+from deepseek_ocr_vision.saving.code import FLAT_CODE
 
 
 REPO = "me/encoder"

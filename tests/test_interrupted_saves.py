@@ -18,7 +18,9 @@ from hub_server import HubServer
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor
+from deepseek_ocr_vision.saving.atomic import PENDING
 from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
+from deepseek_ocr_vision.saving.staging import PREFIX
 from deepseek_ocr_vision.weights import check_checkpoint
 
 
@@ -121,14 +123,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_model_saved_over_another_and_killed_loads_as_one_of_the_two(
     tmp_path, old_mode, old_size, new_mode, new_size
 ):
-    """Pins weights of one model under the configuration of another, shards of two saves, and a folder without any."""
+    """Pins weights of one model under the configuration of another, shards of two saves, a folder without any, and
+    half a save among the files that a plain `upload_folder` publishes.
+    """
     old, new, folder = model_of(1, old_mode), model_of(2, new_mode), tmp_path / "model"
     old.save_pretrained(folder, max_shard_size=old_size)
+    new.save_pretrained(tmp_path / "clean", max_shard_size=new_size)
+    # huggingface_hub uploads nothing of `.cache/huggingface`.
+    published = {path.name for path in (*folder.iterdir(), *(tmp_path / "clean").iterdir())} | {".cache"}
     found = []
     for _ in kills(folder, lambda: new.save_pretrained(folder, max_shard_size=new_size), EXCHANGES):
         loaded = AutoModel.from_pretrained(folder)
         found.append(same_weights(loaded, new))
         assert found[-1] or same_weights(loaded, old)
+        assert {path.name for path in folder.iterdir()} <= published
         assert loaded.config.feature_mode == (new_mode if found[-1] else old_mode)
         assert "all there and finite" in check_checkpoint(folder)
     assert set(found) == {False, True}
@@ -137,7 +145,7 @@ def test_a_model_saved_over_another_and_killed_loads_as_one_of_the_two(
 
 
 def test_what_a_killed_save_leaves_behind_is_gone_after_the_next(tmp_path):
-    """Pins weights under passing names, files aside, and a configuration that points to either."""
+    """Pins pending weights, staging folders, and a configuration that points to either."""
     folder, clean = tmp_path / "model", tmp_path / "clean"
     model_of(1).save_pretrained(folder)
     second, third = model_of(2), model_of(3)
@@ -188,7 +196,7 @@ def test_what_is_saved_beside_the_weights_is_exchanged_in_one_step(tmp_path, par
     assert saved_size() == 192
 
 
-def test_what_a_living_process_writes_aside_is_left_alone(tmp_path):
+def test_the_staging_folder_of_a_living_process_is_left_alone(tmp_path):
     """Pins two processes that save into one folder: one tidies up, the other is in the middle of it."""
     model, (ready, tell) = model_of(1), os.pipe()
 
@@ -202,8 +210,8 @@ def test_what_a_living_process_writes_aside_is_left_alone(tmp_path):
     try:
         os.read(ready, 1)
         model_of(2).save_pretrained(tmp_path)
-        (aside,) = (tmp_path / ".cache" / "huggingface").iterdir()
-        assert (aside / "config.json").is_file()
+        (staging,) = (tmp_path / ".cache" / "huggingface").iterdir()
+        assert (staging / "config.json").is_file()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -245,7 +253,10 @@ def test_a_disk_that_is_full_from_some_point_on_leaves_one_of_the_two_models(tmp
     in_a_child(lambda: (on_change(tmp_path, WRITES, fail_in_the_end), new.save_pretrained(tmp_path)))
     loaded = AutoModel.from_pretrained(tmp_path)
     assert same_weights(loaded, new if loaded.config.feature_mode == "concat" else old)
-    assert not (tmp_path / ".cache").exists()
+    # Nothing is left but weights that the configuration names where they are.
+    if PENDING not in (tmp_path / "config.json").read_text():
+        assert not (tmp_path / ".cache").exists()
+    assert not list(tmp_path.rglob(f"{PREFIX}*"))
 
 
 def test_a_folder_that_is_read_only_stays_as_it_is(tmp_path):

@@ -1,6 +1,7 @@
 """safetensors files that are not what they should be: each is refused before anything is made of it, and says why."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,13 @@ def test_a_damaged_or_foreign_file_is_called_that(file, change, expected):
         ([1, 2], "not an object"),
         (b'{"a": 1', "no JSON"),
         (b"\xff\xfe", "no JSON"),
+        (b"\xef\xbb\xbf{}", "no JSON"),
+        ("{}".encode("utf-16"), "no JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "no JSON"),
+        (b'{"a": ' + b"[" * 50_000 + b"]}", "no JSON"),
+        ({"__metadata__": {"format": 1}}, "`__metadata__` has to hold texts"),
+        ({"__metadata__": ["pt"]}, "`__metadata__` has to hold texts"),
+        ({"a": field(shape=[1] * 9 + [2])}, "a shape has at most 8 sizes"),
         (b'{"a": {"dtype": "F32"}, "a": {"dtype": "F32"}}', "names 'a' twice"),
     ],
 )
@@ -113,3 +121,22 @@ def test_an_absurd_header_length_allocates_nothing(tmp_path):
             print("cut" in str(error), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000)
     """)
     assert output.split() == ["True", "True"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{" + b",".join(b'"name%d": {}' % index for index in range(20_000)) + b', "name0": {}}',
+        json.dumps({"a": field(shape=[3] * 200_000)}).encode(),
+        json.dumps({"a": field(shape=[2**62] * 200_000)}).encode(),
+        json.dumps({"x" * 1_000_000: field(dtype="F31")}).encode(),
+    ],
+)
+def test_a_small_header_does_not_hang_and_its_error_is_short(tmp_path, header):
+    """Pins a search for duplicates that takes the square of their number, and products of 200,000 sizes."""
+    write(tmp_path / "file", header, bytes(8))
+    started = time.process_time()
+    with pytest.raises(ValueError, match="file") as error:
+        read_local_header(tmp_path / "file")
+    assert time.process_time() - started < 1
+    assert len(str(error.value)) < 1000

@@ -293,4 +293,5 @@ def test_an_endpoint_that_cannot_be_reached_is_an_error_that_says_so(tmp_path, h
     # The client's own pauses between its tries are not what is tested.
     code = textwrap.dedent(LOAD) + "import time\ntime.sleep = lambda seconds: None\nprint(attempt())"
     output = run_python(code, **environment)
-    assert f"OSError: {REPO} could not be reached, and is not in the cache" in output
+    assert f"OSError: {REPO}: the connection to the Hub failed" in output
+    assert "the cache does not hold what is needed" in output

@@ -245,11 +245,11 @@ def test_an_interruption_leaves_nothing_under_the_targets_name(tmp_path, base, m
     for error in (KeyboardInterrupt, OSError(28, "No space left on device")):
         written = []
 
-        def break_off(checkpoint, file, *arguments, error=error, written=written):
+        def break_off(checkpoint, file, path, error=error, written=written, **options):
             if written:
                 raise error
             written.append(file)
-            write_file(checkpoint, file, *arguments)
+            write_file(checkpoint, file, path, **options)
 
         monkeypatch.setattr(writing, "_write_file", break_off)
         with pytest.raises(type(error) if isinstance(error, OSError) else error):

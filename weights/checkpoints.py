@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .safetensors_files import DTYPES, TensorEntry, is_finite, read_local_header, read_tensor
+from deepseek_ocr_vision.saving.atomic import PENDING
+from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
+from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import read_checksums, sha256_of, verify_checksums
+
+from .safetensors_files import TensorEntry, is_finite, read_local_header, read_tensor, require_float
 
 
 CONFIG = "config.json"
@@ -65,9 +69,7 @@ class LocalCheckpoint:
 
     def _read(self, name: str) -> torch.Tensor:
         entry = self.tensors[name]
-        if entry.dtype not in DTYPES:
-            allowed = ", ".join(DTYPES)
-            raise ValueError(f"{self.folder / entry.file}: {name} has dtype {entry.dtype}; weights have {allowed}.")
+        require_float(self.folder / entry.file, name, entry)
         with open(self.folder / entry.file, "rb", buffering=0) as file:
             tensor = read_tensor(file, entry)
         if not is_finite(tensor):
@@ -85,18 +87,37 @@ def open_local(source: str | os.PathLike) -> LocalCheckpoint:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    folder = path if path.is_dir() else path.parent
-    config = read_config(folder / CONFIG)
-    index = None
-    name = _weights_name(folder, config) if path.is_dir() else path.name
-    if name is None:
-        files = _files_without_index(folder)
-    elif name.endswith(SAFE_WEIGHTS_INDEX_NAME):
-        index = read_index(folder / name)
-        files = tuple(dict.fromkeys(index.values()))
-    else:
-        files = (name,)
-    return LocalCheckpoint(folder, files, _tensors(folder, files, index), config)
+    if not path.is_dir():
+        return open_weights(path, read_config(path.parent / CONFIG))
+    config = read_config(path / CONFIG)
+    name = _weights_name(path, config)
+    if name is not None:
+        return open_weights(path / name, config)
+    files = _files_without_index(path)
+    return LocalCheckpoint(path, files, _tensors(path, files), config)
+
+
+def open_weights(path: Path, config: dict[str, Any]) -> LocalCheckpoint:
+    """Open a safetensors file, or the files that an index names.
+
+    Args:
+        path: The file or the index.
+        config: What the checkpoint's configuration says.
+
+    Raises:
+        OSError: A file that the index names is missing.
+        ValueError: A file or the index is corrupt, or the index names a file elsewhere.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    # The index of a pending save names files by their way from the checkpoint's folder.
+    folder = path.parents[len(Path(PENDING).parts)] if path.parent.as_posix().endswith(PENDING) else path.parent
+    if path.suffix != ".json":
+        files: tuple[str, ...] = (path.relative_to(folder).as_posix(),)
+        return LocalCheckpoint(folder, files, _tensors(folder, files), config)
+    index = read_index(path)
+    files = tuple(dict.fromkeys(index.values()))
+    return LocalCheckpoint(folder, files, _tensors(folder, files, index=index, index_name=path.name), config)
 
 
 def _weights_name(folder: Path, config: dict[str, Any]) -> str | None:
@@ -106,12 +127,21 @@ def _weights_name(folder: Path, config: dict[str, Any]) -> str | None:
     """
     named = config.get("transformers_weights")
     if named is not None:
-        if not _is_name(named):
-            raise ValueError(
-                f"{folder / CONFIG} names {named!r} as `transformers_weights`, no file beside it; refused."
-            )
-        return named
+        return require_name(named, folder / CONFIG)
     return next((name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if (folder / name).is_file()), None)
+
+
+def require_name(named: Any, config: str | os.PathLike) -> str:
+    """The file of weights that a configuration names, if it lies beside it.
+
+    Raises:
+        ValueError: It is another thing, or lies elsewhere.
+    """
+    if not _is_name(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(
+            f"{config} names {named!r} as `transformers_weights`, which is no safetensors file beside it; refused."
+        )
+    return named
 
 
 def _files_without_index(folder: Path) -> tuple[str, ...]:
@@ -127,20 +157,54 @@ def _files_without_index(folder: Path) -> tuple[str, ...]:
     return files
 
 
-def _tensors(folder: Path, files: tuple[str, ...], index: dict[str, str] | None) -> dict[str, TensorEntry]:
+def _tensors(
+    folder: Path,
+    files: tuple[str, ...],
+    *,
+    index: dict[str, str] | None = None,
+    index_name: str = SAFE_WEIGHTS_INDEX_NAME,
+) -> dict[str, TensorEntry]:
     """All files' tensors, none twice, and where the index says they are."""
     tensors: dict[str, TensorEntry] = {}
     for file in files:
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file} is missing, though {SAFE_WEIGHTS_INDEX_NAME} names it.")
+            raise FileNotFoundError(f"{folder / file} is missing, though {index_name} names it.")
         for name, entry in read_local_header(folder / file).items():
             if name in tensors:
                 raise ValueError(f"{folder}: {name} is in {tensors[name].file} and in {file}.")
             tensors[name] = replace(entry, file=file)
     for name, file in (index or {}).items():
         if name not in tensors or tensors[name].file != file:
-            raise ValueError(f"{folder / SAFE_WEIGHTS_INDEX_NAME} is corrupt: it looks for {name} in {file}.")
+            raise ValueError(f"{folder / index_name} is corrupt: it looks for {name} in {file}.")
     return tensors
+
+
+def compare_checksums(source: str | os.PathLike, *, required: bool = False) -> list[str]:
+    """Compare a folder, or one file in it, with its `SHA256SUMS`.
+
+    Args:
+        source: A folder or a file on this machine.
+        required: Whether it is an error that there are no sums.
+
+    Returns:
+        The names of the files that were compared; none without sums.
+
+    Raises:
+        FileNotFoundError: There are no sums though they are required, or a file that they name is missing.
+        ValueError: A file is not the one that was summed.
+    """
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    if not required and not (folder / CHECKSUMS).is_file():
+        return []
+    if path.is_dir():
+        return verify_checksums(folder)
+    digest = read_checksums(folder).get(path.name)
+    if digest is None and required:
+        raise FileNotFoundError(f"{folder / CHECKSUMS} has no sum for {path.name}.")
+    if digest not in (None, sha256_of(path)):
+        raise ValueError(f"{path} is not what {CHECKSUMS} says; fetch or convert the checkpoint again.")
+    return [path.name] if digest else []
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -160,8 +224,10 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _is_name(file: Any) -> bool:
+    """Whether it names a file in the same folder, or one that an interrupted save has left in its pending folder."""
     # Both kinds of slash: what is a name here may be a path elsewhere.
-    return isinstance(file, str) and not set(file) & set("/\\\0:") and not file.startswith(".")
+    name = file.removeprefix(f"{PENDING}/") if isinstance(file, str) else "/"
+    return not set(name) & set("/\\\0:") and not name.startswith(".")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -176,7 +242,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON, or cut ({error}).") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path} has to hold an object, but holds a {type(contents).__name__}.")

@@ -8,8 +8,7 @@ from torch import nn
 from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
 
 from .names import match_tensors, our_name
-from .reading import expected_shapes
-from .sizes import config_of_shapes
+from .sizes import config_of_shapes, expected_shapes
 
 
 CARRIED = ("sam", "clip_pre", "clip_tr", "clip_pos_table")
@@ -75,7 +74,7 @@ def _num_heads(transformer: nn.Module) -> int | None:
 def _require_usable(tensors: dict[str, torch.Tensor], *, copy: bool) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
-            raise ValueError(f"The encoder's {name} is on the meta device, without values; load the encoder whole.")
+            raise ValueError(f"The encoder's {name} is on the meta device, without values; load all of the encoder.")
         if tensor.is_inference() and not copy:
             raise ValueError(
                 f"The encoder's {name} was made under `torch.inference_mode()`, so it cannot be trained; pass "

@@ -1,15 +1,16 @@
-"""The encoder and the image processor that a command line names."""
+"""The one way to an encoder with its image processor, from a checkpoint of whatever kind."""
 
 import os
-from pathlib import Path
-
-from transformers import PreTrainedConfig
+from typing import Any
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FeatureMode
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import ModeName
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
+
+from .checkpoints import CONFIG
+from .sizes import read_config_of
 
 
 def load_encoder(
@@ -25,7 +26,7 @@ def load_encoder(
     Args:
         source: Folder or Hub id; of a released checkpoint also its safetensors file.
         preset: Another preprocessing than the checkpoint's. Of a released checkpoint the default is
-            `"deepseek-ocr-encoder"`, as everywhere.
+            `"deepseek-ocr-encoder"`; of a LLaVA around this encoder it is what was saved with it.
         mode: Another resolution.
         feature_mode: Another feature mode, for which the checkpoint has to have the weights.
         dtype: What to compute in. Defaults to what the checkpoint is stored in.
@@ -34,24 +35,44 @@ def load_encoder(
         OSError: There is no such checkpoint.
         ValueError: The checkpoint is corrupt or lacks weights, or the preset has no such mode.
     """
-    if _is_encoder(source):
-        fields = {} if feature_mode is None else {"feature_mode": feature_mode}
+    fields = {} if feature_mode is None else {"feature_mode": feature_mode}
+    if is_encoder(source):
         model = DeepSeekOCRVisionModel.from_pretrained(source, dtype=dtype or "auto", **fields)
-        if preset is None:
-            image_processor = DeepSeekOCRVisionImageProcessor.from_pretrained(source)
-        else:
+        image_processor = model.default_image_processor()
+        if preset is not None:
             image_processor = DeepSeekOCRVisionImageProcessor(preset, size=model.config.image_size)
+    elif preset is None and (tower := _tower_of(source)):
+        fields = {"feature_mode": tower["feature_mode"]} | fields
+        model = DeepSeekOCRVisionModel.from_deepseek_ocr(source, dtype=dtype, **fields)
+        image_processor = DeepSeekOCRVisionImageProcessor.from_pretrained(source)
     else:
         preset = preset or "deepseek-ocr-encoder"
-        model = DeepSeekOCRVisionModel.from_deepseek_ocr(source, preset=preset, feature_mode=feature_mode, dtype=dtype)
+        model = DeepSeekOCRVisionModel.from_deepseek_ocr(source, preset=preset, dtype=dtype, **fields)
         image_processor = DeepSeekOCRVisionImageProcessor.from_deepseek_ocr(source, preset=preset)
     if mode is not None:
         image_processor.mode = mode
     return model.eval(), image_processor
 
 
-def _is_encoder(source: str | os.PathLike) -> bool:
-    if Path(source).is_file():
-        return False
-    fields, _ = PreTrainedConfig.get_config_dict(source)
-    return fields.get("model_type") == DeepSeekOCRVisionConfig.model_type
+def is_encoder(source: str | os.PathLike) -> bool:
+    """Whether a folder or a Hub id is a checkpoint of the encoder alone, not one with a whole model or a file.
+
+    Raises:
+        OSError: There is no such checkpoint.
+        ValueError: Its configuration is corrupt.
+    """
+    return _config_of(source).get("model_type") == DeepSeekOCRVisionConfig.model_type
+
+
+def _tower_of(source: str | os.PathLike) -> dict[str, Any]:
+    """The configuration of this encoder as the vision tower of a LLaVA, which is saved with its image processor."""
+    tower = _config_of(source).get("vision_config")
+    is_ours = isinstance(tower, dict) and tower.get("model_type") == DeepSeekOCRVisionConfig.model_type
+    return {"feature_mode": "residual"} | tower if is_ours else {}
+
+
+def _config_of(source: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint's `config.json` says, empty for a file or a folder without one."""
+    if os.path.isfile(source) or (os.path.isdir(source) and not os.path.isfile(os.path.join(source, CONFIG))):
+        return {}
+    return read_config_of(source)

@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are called, and a full account of them.
+"""What the tensors of a checkpoint are called, and how they match those of a model.
 
 Three spellings are in use. The released checkpoints of DeepSeek-OCR and Unlimited-OCR, `model.sam_model...` and
 `model.vision_model...`; ours, the same without `model.`; and the modules of transformers' Unlimited-OCR,
@@ -9,8 +9,9 @@ each name is brought to ours part by part, whatever file it comes from.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
-from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import problems_with, raise_foreign
+from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import problems_with
 
 
 PARTS = "qkv"
@@ -52,6 +53,16 @@ _OF_OTHER_MODES = re.compile(
     r"^projector\.|^vision_model\.embeddings\.class_embedding$|^(image_newline|view_seperator)$"
 )
 
+# How the keys of checkpoints that people mistake for this encoder's begin; the first that fits counts.
+_LOOKALIKES = {
+    "transformers' Unlimited-OCR": ("sam_encoder.", "vision_encoder.encoder.", "model.vision_tower.sam_encoder."),
+    "a whole composite around this encoder": ("model.vision_tower.", "vision_tower."),
+    "a CLIP model": ("vision_model.encoder.", "text_model.", "visual.", "embeddings.class_embedding"),
+    "a segment-anything model": ("image_encoder.", "vision_encoder.layers.", "mask_decoder.", "prompt_encoder."),
+    "DeepSeek-OCR-2": ("model.qwen2_model.", "model.vision_tower.vision_encoder.layers."),
+    "a language model": ("transformer.h.", "model.layers.", "lm_head."),
+}
+
 
 @dataclass(frozen=True)
 class Name:
@@ -77,7 +88,7 @@ def our_name(name: str) -> Name:
 
 
 def is_vision(name: str) -> bool:
-    """Whether a checkpoint's tensor belongs to the encoder, its projector or the marks between pictures' rows."""
+    """Whether a checkpoint's tensor belongs to the encoder, its projector or the special tokens of its sequence."""
     return bool(_VISION.match(our_name(name).key))
 
 
@@ -117,6 +128,23 @@ def match_tensors(
     return {key: sources[key] for key in expected}
 
 
+def raise_foreign(keys: Iterable[str]) -> NoReturn:
+    """Refuse a checkpoint of something else.
+
+    Raises:
+        ValueError: It says what the keys look like.
+    """
+    keys = sorted(keys)
+    what = f"it holds none of the model's tensors, but {', '.join(keys[:3])}"
+    if not keys:
+        what = "it holds none of the model's tensors; its keys, if it has any, are those of a language model"
+    for name, prefixes in _LOOKALIKES.items():
+        if any(key.startswith(prefixes) for key in keys):
+            what = f"its keys look like {name} ({', '.join(keys[:3])})"
+            break
+    raise ValueError(f"This is not a DeepSeek-OCR vision checkpoint: {what}.")
+
+
 def _sources(found: Iterable[str]) -> dict[str, list[str]]:
     """Our names, each with the checkpoint's that it is made of, in order."""
     parts: dict[str, dict[int | None, str]] = {}
@@ -127,8 +155,10 @@ def _sources(found: Iterable[str]) -> dict[str, list[str]]:
             raise ValueError(f"The checkpoint has {ours.key} twice: as {', '.join(rivals.values())} and as {name}.")
         rivals[ours.part] = name
     # A projection of which a third is missing counts as missing.
-    whole = {key: names for key, names in parts.items() if None in names or len(names) == len(PARTS)}
-    return {key: [names[part] for part in sorted(names, key=lambda part: part or 0)] for key, names in whole.items()}
+    complete = {key: names for key, names in parts.items() if None in names or len(names) == len(PARTS)}
+    return {
+        key: [names[part] for part in sorted(names, key=lambda part: part or 0)] for key, names in complete.items()
+    }
 
 
 def _has_both_stages(keys: Iterable[str]) -> bool:

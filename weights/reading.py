@@ -1,23 +1,22 @@
 """Weights in: a model from a released checkpoint, on the Hub or on this machine."""
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
 from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import verify_checksums
 
-from .checkpoints import LocalCheckpoint, open_local
+from .checkpoints import LocalCheckpoint, compare_checksums, open_local
 from .hub import open_remote
 from .names import match_tensors, our_name
 from .repository import repository_named
 from .safetensors_files import DTYPES
-from .sizes import config_of_checkpoint
+from .sizes import check_layers, config_of_checkpoint, expected_shapes
+
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 def load_deepseek_ocr(
@@ -27,14 +26,39 @@ def load_deepseek_ocr(
     feature_mode: FeatureMode,
     config: DeepSeekOCRVisionConfig | None,
     dtype: str | torch.dtype | None,
-    hub_options: dict[str, Any],
+    verify_checksums: bool = False,
     **kwargs: Any,
 ) -> DeepSeekOCRVisionModel:
-    """What `DeepSeekOCRVisionModel.from_deepseek_ocr` says."""
+    """Load the encoder out of a whole checkpoint: what `DeepSeekOCRVisionModel.from_deepseek_ocr` does.
+
+    Of a repository on the Hub only the vision tensors are fetched, 0.8 of 6.7 GB, and kept in the Hub's cache. An
+    interrupted download goes on where it stopped. Every tensor has to be there, of the right shape and finite.
+
+    Args:
+        model_class: The class of the model.
+        source: A Hub id such as `"deepseek-ai/DeepSeek-OCR"` or `"baidu/Unlimited-OCR"`, a folder with one or many
+            safetensors files, or one such file; in the released layout or that of transformers' Unlimited-OCR.
+        feature_mode: The mode, which decides the tensors that are used.
+        config: The encoder, where the checkpoint is of another size than the released ones and does not say so.
+        dtype: What to convert the weights to. By default they stay as they are stored, bfloat16 if released.
+        verify_checksums: Whether to compare a local checkpoint with its `SHA256SUMS` first.
+        kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as transformers takes them, and
+            what `from_pretrained` takes, such as `attn_implementation` or `device_map`.
+
+    Raises:
+        TypeError: `source` is no path and no Hub id.
+        ValueError: The checkpoint does not fit, is corrupt, holds no safetensors, or is not what its checksums say;
+            the message names the keys, or the file with the sizes expected and found.
+        OSError: It is not there or cannot be fetched; the message names the file, or status and repository.
+    """
+    hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     repo_id = repository_named(source, argument="source")
+    if verify_checksums:
+        _verify_local(source, repo_id)
     checkpoint = open_local(source) if repo_id is None else open_remote(repo_id, **hub_options)
     config = config_of_checkpoint(checkpoint.config, feature_mode) if config is None else config
-    # The whole account first, before a byte of the weights is fetched or read.
+    check_layers(config, [our_name(name).key for name in checkpoint.shapes])
+    # Everything is matched before a byte of the weights is fetched or read.
     match_tensors(checkpoint.shapes, expected_shapes(model_class, config))
     local = checkpoint.local()
     sources = match_tensors(local.shapes, expected_shapes(model_class, config))
@@ -43,12 +67,13 @@ def load_deepseek_ocr(
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, strict=True, **kwargs)
 
 
-def expected_shapes(
-    model_class: type[DeepSeekOCRVisionModel], config: DeepSeekOCRVisionConfig
-) -> dict[str, tuple[int, ...]]:
-    """Name to shape of a model's tensors, without making them."""
-    with torch.device("meta"):
-        return {key: tuple(tensor.shape) for key, tensor in model_class(config).state_dict().items()}
+def _verify_local(source: str | os.PathLike, repo_id: str | None) -> None:
+    if repo_id is not None:
+        raise ValueError(
+            f"`verify_checksums` is true, but of {repo_id} only the encoder's part is fetched, not the whole files "
+            "that were summed."
+        )
+    compare_checksums(source, required=True)
 
 
 def chosen_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -74,46 +99,3 @@ def widest_dtype(checkpoint: LocalCheckpoint, sources: dict[str, list[str]]) -> 
     for dtype in dtypes[1:]:
         widest = torch.promote_types(widest, dtype)
     return widest
-
-
-def check_files(folder: str | os.PathLike) -> None:
-    """Check the files of weights in a folder by their headers, where transformers opens whatever the index names.
-
-    Raises:
-        OSError: A file that the index names is missing.
-        ValueError: A file or the index is corrupt, or leads out of the folder.
-    """
-    if any(os.path.isfile(os.path.join(folder, name)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        open_local(folder)
-
-
-def check_checkpoint(source: str | os.PathLike) -> str:
-    """Check a checkpoint on this machine: its files by their checksums, and every weight of the encoder in it.
-
-    Args:
-        source: A folder of this package's or with a whole released model, or a safetensors file.
-
-    Returns:
-        What was found, in words.
-
-    Raises:
-        OSError: There is nothing, or a file is missing.
-        ValueError: A file is not the one that was summed, or a weight is missing, of another shape or not finite.
-    """
-    checkpoint = open_local(source)
-    lines = [f"{source}: no {CHECKSUMS}, so a flipped byte would not be found."]
-    if (checkpoint.folder / CHECKSUMS).is_file():
-        lines = [f"{source}: {len(verify_checksums(checkpoint.folder))} files are as {CHECKSUMS} says."]
-    is_ours = checkpoint.config.get("model_type") == DeepSeekOCRVisionConfig.model_type
-    feature_mode = checkpoint.config.get("feature_mode", "residual") if is_ours else _richest_mode(checkpoint.shapes)
-    config = config_of_checkpoint(checkpoint.config, feature_mode)
-    sources = match_tensors(checkpoint.shapes, expected_shapes(DeepSeekOCRVisionModel, config))
-    num_parameters = sum(tensor.numel() for _, tensor in checkpoint.read(sources))
-    dtypes = sorted({checkpoint.tensors[name].dtype for names in sources.values() for name in names})
-    lines.append(f"{len(sources)} tensors, {num_parameters:,} parameters, {', '.join(dtypes)}: all there and finite.")
-    return "\n".join(lines)
-
-
-def _richest_mode(names: Iterable[str]) -> FeatureMode:
-    """The mode that uses the most of a whole model: its projector, and the marks of its sequence if it has any."""
-    return "sequence" if {our_name(name).key for name in names} >= {"image_newline", "view_seperator"} else "projected"

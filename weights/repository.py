@@ -1,20 +1,29 @@
 """Repositories on the Hub: what their ids may be, and what an error that the Hub answers with means."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub.errors import EntryNotFoundError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 
+TOKEN = re.compile(r"(?<!\w)hf_\w{20,}")
+"""What looks like a token of the Hub."""
+
+RUN_AGAIN = "Run it again: what has been transferred already is not transferred a second time."
 _ADVICE = {
-    401: "the repository is private or its name wrong; check the name, or log in with `hf auth login`",
-    403: "access to it has to be asked for on its page, or the token does not allow it",
-    404: "there is no such repository, revision or file",
-    429: "too many requests; wait a while and try again",
+    401: "The repository is private or its name wrong, or the token is not valid: log in with `hf auth login`, or set "
+    "HF_TOKEN.",
+    403: "The token does not allow it: ask for access on the repository's page, or use another token. To publish "
+    "without the right to write, open a pull request with --create-pr.",
+    404: "There is no such repository, revision or file, or the token may not see it.",
+    409: "It is there, but the token may not see it.",
+    412: "Somebody else has committed in the meantime; run it again.",
+    429: "Too many requests; wait a while and run it again.",
 }
 
 
@@ -54,28 +63,47 @@ def repository_named(source: Any, *, argument: str) -> str | None:
 
 
 @contextmanager
-def explained(repo_id: str) -> Iterator[None]:
+def explained(repo_id: str, *, token: str | None = None) -> Iterator[None]:
     """Say of an error that the Hub answered with its status, its repository, and what to do about it.
 
+    Args:
+        repo_id: The repository, for the message.
+        token: A token that must not be in it.
+
     Raises:
-        OSError: In place of huggingface_hub's own errors, which cover offline use as well.
+        OSError: In place of huggingface_hub's own errors, offline use among them. A failed upload of a large file
+            comes out of the client as a `RuntimeError` around its cause, a download that could not begin as an
+            `EntryNotFoundError`, and an error page in place of an answer as a `JSONDecodeError`.
     """
     try:
         yield
-    # Where no connection comes about, older versions of the client end with a RuntimeError.
-    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, RuntimeError) as error:
-        raise OSError(_explanation(repo_id, error)) from error
+    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, RuntimeError, json.JSONDecodeError) as error:
+        raise OSError(without_token(f"{repo_id}: {_explanation(error)}", token)) from error
 
 
-def _explanation(repo_id: str, error: BaseException) -> str:
-    cause: BaseException | None = error
-    while cause is not None:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status is not None:
-            advice = _ADVICE.get(status, "the Hub's own fault; try again")
-            return f"{repo_id}: the Hub answered {status}: {advice}. ({cause})"
-        cause = cause.__cause__
-    return f"{repo_id} could not be reached, and is not in the cache. ({error})"
+def _explanation(error: BaseException) -> str:
+    causes = [error]
+    while cause := causes[-1].__cause__:
+        causes.append(cause)
+    answer = next(
+        (cause for cause in causes if isinstance(cause, HfHubHTTPError) and cause.response is not None), None
+    )
+    if answer is None:
+        broken = next((cause for cause in causes if isinstance(cause, HTTPError)), error)
+        return (
+            f"the connection to the Hub failed ({type(broken).__name__}: {broken}), and the cache does not hold what "
+            f"is needed. {RUN_AGAIN}"
+        )
+    response = answer.response
+    said = f" ({answer.server_message})" if answer.server_message else ""
+    # Without the query: a storage's URL is signed there.
+    where = f"{response.request.method} {response.request.url.path}"
+    return f"the Hub answered {response.status_code} to {where}{said}. {_ADVICE.get(response.status_code, RUN_AGAIN)}"
 
 
-__all__ = ["check_repository_id", "explained", "repository_named"]
+def without_token(text: str, token: str | None) -> str:
+    """A text with a token, and whatever looks like one, hidden."""
+    return TOKEN.sub("hf_...", text.replace(token, "hf_...") if token else text)
+
+
+__all__ = ["RUN_AGAIN", "TOKEN", "check_repository_id", "explained", "repository_named", "without_token"]

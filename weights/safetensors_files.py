@@ -7,6 +7,8 @@ there, and a tensor into memory that is counted: pages of a memory map would com
 """
 
 import json
+import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -14,11 +16,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 PIECE_SIZE = 1 << 22
+MAX_DIMENSIONS = 8
+MAX_SHOWN = 200
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that an encoder's weights may have; those of other tensors in its checkpoint are only skipped."""
@@ -105,20 +110,36 @@ def _refuse_lookalike(file: str, beginning: bytes) -> None:
 
 
 def _json(file: str, header: bytes) -> dict[str, Any]:
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):
-            duplicate = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"{file} is corrupt: its header names {duplicate!r} twice.")
-        return dict(pairs)
+    duplicates: list[str] = []
+
+    def note_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        contents = dict(pairs)
+        if len(contents) < len(pairs):
+            duplicates.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
+        return contents
 
     try:
-        contents = json.loads(header, object_pairs_hook=without_duplicates)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        # As text, since from bytes Python would guess UTF-16 and others, which the format does not have.
+        contents = json.loads(header.decode("utf-8"), object_pairs_hook=note_duplicates)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no safetensors file, or corrupt: its header is no JSON ({error}).") from error
+    if duplicates:
+        raise ValueError(f"{file} is corrupt: its header names {_short(duplicates[0])} twice.")
     if not isinstance(contents, dict):
         raise ValueError(f"{file} is corrupt: its header is a {type(contents).__name__}, not an object.")
+    _check_metadata(file, contents.get("__metadata__", {}))
     return contents
+
+
+def _check_metadata(file: str, metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{file} is corrupt: its `__metadata__` has to hold texts, but is {_short(metadata)}.")
+
+
+def _short(value: Any) -> str:
+    """A value from a header as text, cut where it would fill pages."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _entries(file: str, contents: dict[str, Any], data_start: int) -> dict[str, TensorEntry]:
@@ -129,23 +150,30 @@ def _entries(file: str, contents: dict[str, Any], data_start: int) -> dict[str, 
 
 def _entry(file: str, name: str, fields: Any, data_start: int) -> tuple[str, TensorEntry]:
     if not isinstance(fields, dict) or not fields.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{file} is corrupt: its header has no dtype, shape and data_offsets for {name!r}.")
+        raise ValueError(f"{file} is corrupt: its header has no dtype, shape and data_offsets for {_short(name)}.")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{file}: {name!r} has the unknown dtype {dtype!r}; known are {', '.join(_BITS)}.")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{file} is corrupt: {name!r} has shape {shape!r} and data_offsets {offsets!r}.")
+        raise ValueError(
+            f"{file}: {_short(name)} has the unknown dtype {_short(dtype)}; known are {', '.join(_BITS)}."
+        )
+    if not _are_sizes(shape, at_most=MAX_DIMENSIONS) or not _are_sizes(offsets, at_most=2) or len(offsets) != 2:
+        raise ValueError(
+            f"{file} is corrupt: {_short(name)} has shape {_short(shape)} and data_offsets {_short(offsets)}; a shape "
+            f"has at most {MAX_DIMENSIONS} sizes."
+        )
     expected_bits, num_bytes = prod(shape) * _BITS[dtype], offsets[1] - offsets[0]
     if expected_bits != num_bytes * 8:
         raise ValueError(
-            f"{file} is corrupt: {name!r} of shape {shape} and dtype {dtype} takes {expected_bits // 8:,} bytes, its "
-            f"data_offsets {offsets} span {num_bytes:,}."
+            f"{file} is corrupt: {_short(name)} of shape {shape} and dtype {dtype} takes {expected_bits // 8:,} "
+            f"bytes, its data_offsets {offsets} span {num_bytes:,}."
         )
     return name, TensorEntry(file, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+def _are_sizes(values: Any, *, at_most: int) -> bool:
+    if not isinstance(values, list) or len(values) > at_most:
+        return False
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _require_gapless(file: str, entries: dict[str, TensorEntry], data_start: int, file_size: int) -> None:
@@ -153,7 +181,9 @@ def _require_gapless(file: str, entries: dict[str, TensorEntry], data_start: int
     for name, entry in entries.items():
         if entry.start != position:
             what = "overlaps another tensor" if entry.start < position else "leaves a gap before it"
-            raise ValueError(f"{file} is corrupt: {name!r} {what} (starts at {entry.start:,}, not {position:,}).")
+            raise ValueError(
+                f"{file} is corrupt: {_short(name)} {what} (starts at {entry.start:,}, not {position:,})."
+            )
         position = entry.stop
     if position != file_size:
         what = "cut" if file_size < position else "too long"
@@ -175,7 +205,23 @@ def read_local_header(path: Path) -> dict[str, TensorEntry]:
         return file.read(stop - start)
 
     with path.open("rb") as file:
-        return read_header(str(path), path.stat().st_size, read)
+        entries = read_header(str(path), path.stat().st_size, read)
+    # transformers will read it by the library, which refuses more than the format's description says.
+    try:
+        with safe_open(path, framework="pt"):
+            return entries
+    except SafetensorError as error:
+        raise ValueError(f"{path} is corrupt: {error}; {_FETCH_AGAIN}.") from error
+
+
+def require_float(file: str | os.PathLike, name: str, entry: TensorEntry) -> None:
+    """Refuse a tensor that is no weight: integers would be taken for numbers of another meaning.
+
+    Raises:
+        ValueError: Its dtype is not one of `DTYPES`.
+    """
+    if entry.dtype not in DTYPES:
+        raise ValueError(f"{file}: {name} has dtype {entry.dtype}; weights have {', '.join(DTYPES)}.")
 
 
 def read_tensor(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:

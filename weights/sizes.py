@@ -4,10 +4,14 @@ Not staged to the Hub: only what reads checkpoints of others needs it.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isqrt
 from typing import Any
 
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_integer
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import (
     DeepSeekOCRVisionClipConfig,
     DeepSeekOCRVisionConfig,
@@ -16,7 +20,7 @@ from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import 
 )
 
 
-_OUR_FIELDS = ("sam_config", "clip_config", "projection_dim")
+_OUR_FIELDS = ("sam_config", "clip_config", "image_size", "num_channels", "projection_dim")
 _SAM_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
@@ -61,12 +65,18 @@ def config_of_checkpoint(checkpoint_config: dict[str, Any], feature_mode: Featur
         fields["sam_config"] = {name: sam[name] for name in _SAM_FIELDS if name in sam}
         fields["clip_config"] = {name: clip[name] for name in _CLIP_FIELDS if name in clip}
         if "image_size" in clip and "patch_size" in clip:
-            fields["clip_config"]["grid_size"] = clip["image_size"] // clip["patch_size"]
+            fields["clip_config"]["grid_size"] = _grid_size(clip["image_size"], clip["patch_size"])
     # The projector leads to the language model's width, which DeepSeek's configuration has under another name.
     for language_config in (_part(checkpoint_config, "text_config"), _part(checkpoint_config, "language_config")):
         if "hidden_size" in language_config:
             fields["projection_dim"] = language_config["hidden_size"]
     return DeepSeekOCRVisionConfig(**fields, feature_mode=feature_mode)
+
+
+def _grid_size(image_size: Any, patch_size: Any) -> int:
+    """Side of the grid of positions, by sizes in pixels of the image and of a patch."""
+    image_size = require_integer("encoder_config.image_size", image_size, at_least=1)
+    return image_size // require_integer("encoder_config.patch_size", patch_size, at_least=1)
 
 
 def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -89,8 +99,64 @@ def image_size_of(source: str | os.PathLike, **hub_options: Any) -> int:
     folder = os.path.dirname(source) or "." if os.path.isfile(source) else source
     if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "config.json")):
         return DeepSeekOCRVisionConfig().image_size
-    checkpoint_config, _ = DeepSeekOCRVisionConfig.get_config_dict(folder, **hub_options)
-    return config_of_checkpoint(checkpoint_config, "residual").image_size
+    return config_of_checkpoint(read_config_of(folder, **hub_options), "residual").image_size
+
+
+def read_config_of(source: str | os.PathLike, **hub_options: Any) -> dict[str, Any]:
+    """What the `config.json` of a folder or of a repository on the Hub says, whatever model it is of.
+
+    Args:
+        source: A folder or a Hub id.
+        hub_options: As for `image_size_of`.
+
+    Raises:
+        OSError: There is none, or it cannot be fetched.
+        ValueError: It is corrupt, or holds no object.
+    """
+    try:
+        contents, _ = PreTrainedConfig.get_config_dict(source, **hub_options)
+        found = type(contents).__name__
+    except (AttributeError, TypeError) as error:
+        # transformers stumbles over a list or a text.
+        contents, found = None, f"something else ({error})"
+    if not isinstance(contents, dict):
+        raise ValueError(f"config.json of {source} has to hold an object, but holds {found}.")
+    return contents
+
+
+MAX_MORE_LAYERS = 64
+
+
+def check_layers(config: DeepSeekOCRVisionConfig, keys: Iterable[str]) -> None:
+    """Refuse a number of layers that is far above what a checkpoint has, before a model of that size is built.
+
+    Args:
+        config: The encoder.
+        keys: The checkpoint's tensors, under our names.
+
+    Raises:
+        ValueError: A stage has more layers than the checkpoint, by more than `MAX_MORE_LAYERS`.
+    """
+    keys = list(keys)
+    for stage, prefix in (("sam_config", "sam_model.blocks."), ("clip_config", "vision_model.transformer.layers.")):
+        stated, found = getattr(config, stage).num_hidden_layers, _count(keys, prefix)
+        if stated > found + MAX_MORE_LAYERS:
+            raise ValueError(
+                f"`{stage}.num_hidden_layers` is {stated:,}; the checkpoint's weights have {found} layers."
+            )
+
+
+def expected_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Name to shape of a model's tensors, without making them.
+
+    Raises:
+        ValueError: The sizes are beyond what any tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            return {key: tuple(tensor.shape) for key, tensor in model_class(config).state_dict().items()}
+    except (OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(f"The configuration's sizes are beyond what a tensor can have ({error}).") from error
 
 
 def config_of_shapes(
@@ -147,6 +213,6 @@ def _clip_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+def _count(keys: Iterable[str], prefix: str) -> int:
     """How many layers there are whose names begin so."""
-    return len({key.removeprefix(prefix).split(".")[0] for key in shapes if key.startswith(prefix)})
+    return len({key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)})

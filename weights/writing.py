@@ -2,9 +2,7 @@
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,15 +12,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some
 from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
 from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
+from deepseek_ocr_vision.saving.staging import atomic_write
 
-from .checkpoints import LocalCheckpoint, open_local
+from .checkpoints import LocalCheckpoint, compare_checksums, open_local
 from .names import is_vision, match_tensors
-from .reading import expected_shapes
 from .repository import explained, repository_named
 from .safetensors_files import DTYPES, TensorEntry, byte_view, in_pieces, is_finite
+from .sizes import expected_shapes
 
 
 CHUNK_BYTES = 1 << 20
@@ -51,22 +51,36 @@ class WriteReport:
     def __str__(self) -> str:
         lines = [f"{self.target}: {len(self.replaced)} tensors replaced."]
         if self.rounded:
-            lines.append(f"{len(self.rounded)} of them were rounded to the base's dtype: {_listed(self.rounded)}.")
+            lines.append(f"{len(self.rounded)} of them were rounded to the base's dtype: {list_some(self.rounded)}.")
         if self.kept:
-            lines.append(f"The model has none of these, they keep the base's values: {_listed(self.kept)}.")
+            lines.append(f"The model has none of these, they keep the base's values: {list_some(self.kept)}.")
         if self.left_out:
-            lines.append(f"Not copied: {_listed(self.left_out)}.")
+            lines.append(f"Not copied: {list_some(self.left_out)}.")
         return "\n".join(lines)
-
-
-def _listed(names: list[str], shown: int = 10) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def write_deepseek_ocr(
     model: DeepSeekOCRVisionModel, base: str | os.PathLike, target: str | os.PathLike, **hub_options: Any
 ) -> WriteReport:
-    """What `DeepSeekOCRVisionModel.write_deepseek_ocr` says."""
+    """Write a full checkpoint in the layout of another one: what `DeepSeekOCRVisionModel.write_deepseek_ocr` does.
+
+    Everything but the encoder stays byte for byte: the language model, the header of every file, index, configuration,
+    tokenizer. Each weight is written in the base's dtype. The target appears by one rename, at the end. Memory stays
+    below that of the model plus its largest tensor. A base with `SHA256SUMS` is compared with them first.
+
+    Args:
+        model: The encoder.
+        base: A DeepSeek-OCR or Unlimited-OCR checkpoint: a folder, a safetensors file or a Hub id, which is fetched
+            whole; in the released layout or that of transformers' Unlimited-OCR.
+        target: The new folder, or file if the base is one; it must not exist yet, or be an empty folder.
+        hub_options: `revision`, `token` and `cache_dir` of a base on the Hub.
+
+    Raises:
+        ValueError: The base's encoder is not of this model's size, the base is not what its `SHA256SUMS` say, a weight
+            is not finite or does not fit into the base's dtype, or adapters are not merged.
+        FileExistsError: There is something at `target`.
+        OSError: The base cannot be read, the target not be written, or the disk is too small.
+    """
     return write_weights(weights_of(model), base, target, **hub_options)
 
 
@@ -90,6 +104,7 @@ def write_weights(
     base, target = _local_base(base, hub_options), Path(target)
     if target.resolve() == base.resolve() or base.resolve() in target.resolve().parents:
         raise ValueError(f"`target` is {target}, which lies in the base {base}; name another place.")
+    compare_checksums(base)
     checkpoint = open_local(base)
     sources = match_tensors(
         checkpoint.shapes, {key: tuple(tensor.shape) for key, tensor in weights.items()}, whole=whole
@@ -104,7 +119,8 @@ def write_weights(
         total = sum((checkpoint.folder / file).stat().st_size for file in checkpoint.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc=target.name) as bar:
             for file in checkpoint.files:
-                _write_file(checkpoint, file, partial / file if base.is_dir() else partial, replacements, bar)
+                path = partial / file if base.is_dir() else partial
+                _write_file(checkpoint, file, path, replacements=replacements, bar=bar)
         if (base / CHECKSUMS).is_file():
             write_checksums(partial)
     return report
@@ -128,12 +144,12 @@ def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     strange = sorted(weights.keys() ^ expected_shapes(type(model), model.config).keys())
     if strange:
         raise ValueError(
-            f"The model has other tensors than its configuration says ({_listed(strange, 3)}). Adapters have to be "
+            f"The model has other tensors than its configuration ({list_some(strange, most=3)}). Adapters have to be "
             "merged first: `model = peft_model.merge_and_unload()`."
         )
     for key, tensor in weights.items():
         if tensor.is_meta:
-            raise ValueError(f"{key} is on the meta device, without values; load the model whole.")
+            raise ValueError(f"{key} is on the meta device, without values; load all of the model.")
         if not is_finite(tensor):
             raise ValueError(f"{key} holds NaN or infinity.")
     return weights
@@ -197,7 +213,7 @@ def _copy_side_files(base: Path, partial: Path, files: tuple[str, ...]) -> list[
 
 
 def _write_file(
-    checkpoint: LocalCheckpoint, file: str, path: Path, replacements: Mapping[str, torch.Tensor], bar: tqdm
+    checkpoint: LocalCheckpoint, file: str, path: Path, *, replacements: Mapping[str, torch.Tensor], bar: tqdm
 ) -> None:
     """Copy one file, with the bytes of the replaced tensors exchanged and all others as they are."""
     with open(checkpoint.folder / file, "rb") as source, path.open("wb") as output:
@@ -224,26 +240,6 @@ def _copy_until(source: BinaryIO, output: BinaryIO, stop: int | None, bar: tqdm)
 
 def _write_tensor(tensor: torch.Tensor, entry: TensorEntry, output: BinaryIO) -> None:
     output.write(byte_view(tensor.to("cpu", DTYPES[entry.dtype]).contiguous()))
-
-
-@contextmanager
-def atomic_write(target: str | os.PathLike) -> Iterator[Path]:
-    """A path to write a folder or a file to, which becomes `target` in one rename; on an error nothing is left of it.
-
-    Args:
-        target: A name that is free, or of an empty folder.
-
-    Raises:
-        FileExistsError: There is something at `target`.
-    """
-    target = Path(target)
-    if target.is_symlink() or (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already; name a new one, or remove it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as temporary:
-        partial = Path(temporary) / target.name
-        yield partial
-        os.replace(partial, target)
 
 
 __all__ = ["WriteReport", "write_deepseek_ocr"]

@@ -1,0 +1,179 @@
+"""What is checked before transformers loads a checkpoint of the encoder, which believes every file it is given.
+
+The same rules hold for a folder, a file and the Hub's cache, and for every name that transformers can be told to load:
+a `variant`, a `subfolder`, an index, a file that the configuration names.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import (
+    DeepSeekOCRVisionConfig,
+    refuse_whole_model,
+)
+from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import check_loading_info
+from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
+
+from .checkpoints import LocalCheckpoint, open_weights, read_index, require_name
+from .names import raise_foreign
+from .safetensors_files import TensorEntry, require_float
+from .sizes import check_layers, expected_shapes, read_config_of
+
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_PREFIX = "model."
+
+
+def check_before_loading(
+    model_class: type[DeepSeekOCRVisionModel],
+    source: str | os.PathLike,
+    *,
+    strict: bool,
+    allow_mismatched: bool,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Check headers, shapes, dtypes and sizes of what `from_pretrained` is about to load; no weight is read.
+
+    Args:
+        model_class: The class of the model.
+        source: Folder, file or Hub id.
+        strict: Whether weights that are missing, unknown or of another shape are an error.
+        allow_mismatched: Whether those of another shape are not.
+        options: The other arguments of `from_pretrained`.
+
+    Returns:
+        The arguments for transformers. For a Hub id they name the commit whose files have been checked.
+
+    Raises:
+        OSError: A file is missing, or cannot be fetched.
+        ValueError: A file is corrupt or leads out of the folder, or the weights do not fit the configuration.
+    """
+    if options.get("use_safetensors") is False or options.get("gguf_file") is not None:
+        return options
+    try:
+        config = _config(model_class, source, options)
+    except OSError:
+        # transformers says what is wrong, or finds adapters, which have no configuration of a model.
+        return options
+    path = _weights_file(source, config, options)
+    if path is None:
+        return options
+    checkpoint = open_weights(path, {})
+    # Quantised weights have other names and dtypes, which only their quantiser knows.
+    if getattr(config, "quantization_config", None) is None:
+        _check_tensors(model_class, config, checkpoint, strict=strict, allow_mismatched=allow_mismatched)
+    if os.path.exists(source):
+        return options
+    return options | {"revision": _commit_of(path, options), "force_download": False}
+
+
+def _config(
+    model_class: type[DeepSeekOCRVisionModel], source: str | os.PathLike, options: dict[str, Any]
+) -> DeepSeekOCRVisionConfig:
+    """The configuration that transformers will build the model by."""
+    config = options.get("config")
+    if isinstance(config, PreTrainedConfig):
+        return config
+    fields = {name: value for name, value in options.items() if name != "config"}
+    place = source if config is None else config
+    hub_options = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+    refuse_whole_model(place, read_config_of(place, **hub_options))
+    return model_class.config_class.from_pretrained(place, return_unused_kwargs=True, **fields)[0]
+
+
+def _weights_file(source: str | os.PathLike, config: DeepSeekOCRVisionConfig, options: dict[str, Any]) -> Path | None:
+    """The safetensors file or the index that transformers will choose, fetched if it is on the Hub.
+
+    `None` if a folder on this machine has neither: transformers says so.
+
+    Raises:
+        OSError: A repository on the Hub has neither, or cannot be reached.
+    """
+    if os.path.isfile(source):
+        return Path(source)
+    named = getattr(config, "transformers_weights", None)
+    variant = options.get("variant")
+    names = [_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    if named is not None:
+        names = [require_name(named, f"The configuration of {source}")]
+    if os.path.isdir(source):
+        folder = Path(source, options.get("subfolder") or "")
+        return next((folder / name for name in names if (folder / name).is_file()), None)
+    return _fetch(os.fspath(source), names, options)
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, suffix = name.rsplit(".", 1)
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
+
+
+def _fetch(repo_id: str, names: list[str], options: dict[str, Any]) -> Path:
+    """The first of several files that a repository has, in the Hub's cache, and with an index the files it names."""
+    hub_options = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+    errors = []
+    for name in names:
+        try:
+            path = Path(cached_file(repo_id, name, **hub_options))
+            break
+        except OSError as error:
+            errors.append(error)
+    else:
+        raise OSError(f"{repo_id}: {errors[0]}") from errors[0]
+    if path.suffix == ".json":
+        hub_options |= {"revision": _commit_of(path, options)}
+        for file in dict.fromkeys(read_index(path).values()):
+            cached_file(repo_id, file, **hub_options)
+    return path
+
+
+def _commit_of(path: Path, options: dict[str, Any]) -> str | None:
+    """The commit that a file in the Hub's cache is of."""
+    found = re.search(r"[/\\]snapshots[/\\]([^/\\]+)[/\\]", str(path))
+    return found[1] if found else options.get("revision")
+
+
+def _check_tensors(
+    model_class: type[DeepSeekOCRVisionModel],
+    config: DeepSeekOCRVisionConfig,
+    checkpoint: LocalCheckpoint,
+    *,
+    strict: bool,
+    allow_mismatched: bool,
+) -> None:
+    """Compare a checkpoint's headers with the tensors of a model of this configuration."""
+    found = _without_prefix(checkpoint.tensors)
+    check_layers(config, found)
+    expected = expected_shapes(model_class, config)
+    if strict:
+        ignored = [re.compile(pattern) for pattern in model_class._keys_to_ignore_on_load_unexpected]
+        unexpected = [key for key in found if key not in expected and not any(rule.search(key) for rule in ignored)]
+        missing = [key for key in expected if key not in found]
+        shapes = [(key, found[key].shape, shape) for key, shape in expected.items() if key in found]
+        mismatched = [entry for entry in shapes if tuple(entry[1]) != tuple(entry[2])]
+        if len(missing) + len(mismatched) == len(expected):
+            raise_foreign(unexpected)
+        info = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
+        check_loading_info(info, allow_mismatched=allow_mismatched)
+    for key in expected:
+        if key in found:
+            require_float(checkpoint.folder / found[key].file, key, found[key])
+
+
+def _without_prefix(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Tensors under the model's own names, the released checkpoint's prefix taken off."""
+    found: dict[str, TensorEntry] = {}
+    for name, entry in tensors.items():
+        key = name.removeprefix(_PREFIX)
+        if key in found:
+            raise ValueError(f"The checkpoint has {key} twice: as {key} and as {_PREFIX}{key}.")
+        found[key] = entry
+    return found
+
+
+__all__ = ["check_before_loading"]
