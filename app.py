@@ -43,10 +43,16 @@ LONGEST_SIDE = 1600  # pixels of a drawn page; the encoder reads it as it came
 NUM_NEIGHBOURS = 4
 
 # One page at a time: a second one beside it would take twice the memory and be no faster.
-QUEUE = {"concurrency_id": "encoder", "concurrency_limit": 1, "api_visibility": "private"}
+QUEUE: dict[str, Any] = {"concurrency_id": "encoder", "concurrency_limit": 1, "api_visibility": "private"}
 # A page's tokens, attention and pixels are some 100 MB at 1024 x 1024, and each visitor keeps one.
 KEPT_PAGES, KEPT_SECONDS = 16, 1800
-LAUNCH = {"share": False, "ssr_mode": False, "show_error": True, "max_file_size": "50mb", "footer_links": []}
+LAUNCH: dict[str, Any] = {
+    "share": False,
+    "ssr_mode": False,
+    "show_error": True,
+    "max_file_size": "50mb",
+    "footer_links": [],
+}
 # No font and no script from elsewhere, so that it works offline.
 LAUNCH |= {"theme": gr.themes.Base(primary_hue="blue", font="sans-serif", font_mono="monospace")}
 LAUNCH |= {"css": ".titled {gap: 2px} #counts :is(td, th) {padding: 3px 8px; white-space: nowrap}"}
@@ -78,7 +84,7 @@ class Encoder:
     def model(self) -> DeepSeekOCRVisionModel:
         """The encoder, frozen, on the GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return self._loaded[0].to(device).requires_grad_(False)
+        return self._loaded[0].to(device).requires_grad_(False)  # type: ignore[arg-type]
 
     @property
     def image_processor(self) -> DeepSeekOCRVisionImageProcessor:
@@ -187,8 +193,9 @@ def choose(view: PageView | None, click: gr.SelectData) -> tuple:
         gr.Error: There is no page.
     """
     with in_words():
-        token = _require_page(view).token_at(*click.index)
-        return token, *images_of(view, token)
+        page = _require_page(view)
+        token = page.token_at(*click.index)
+        return token, *images_of(page, token)
 
 
 def sheet_of(view: PageView | None, token: tuple[int, int]) -> Image.Image:
@@ -198,7 +205,7 @@ def sheet_of(view: PageView | None, token: tuple[int, int]) -> Image.Image:
         gr.Error: There is no page.
     """
     with in_words():
-        return draw_sheet(_require_page(view), tuple(token))
+        return draw_sheet(_require_page(view), (token[0], token[1]))
 
 
 def images_of(view: PageView, token: tuple[int, int]) -> tuple[Image.Image, Image.Image, Image.Image, str]:
@@ -332,7 +339,7 @@ def build_demo(encoder: Encoder) -> gr.Blocks:
             label="The sheet", format="png", interactive=False, buttons=["download", "fullscreen"], elem_id="sheet"
         )
         page, colors, neighbours, gradient = images
-        draw = {"fn": sheet_of, "inputs": [view, token], "outputs": sheet, **QUEUE}
+        draw: dict[str, Any] = {"fn": sheet_of, "inputs": [view, token], "outputs": sheet, **QUEUE}
         shown = [view, token, page, colors, neighbours, gradient, caption, table]
         for event in (button.click, image.upload, examples.load_input_event.then):
             event(partial(show, encoder), [image, mode], shown, show_progress_on=page, **QUEUE).success(**draw)
@@ -346,9 +353,10 @@ def build_demo(encoder: Encoder) -> gr.Blocks:
 def _lay_out_input() -> tuple[Any, ...]:
     """The column on the left: the image, the mode, the examples, the button, and the table of token counts."""
     # As a file, so that the package reads it, with its EXIF orientation and transparency, and not Gradio.
-    sources = ["upload", "clipboard"]
-    image = gr.Image(label="Page", type="filepath", image_mode=None, sources=sources, height=300, elem_id="image")
-    image.preprocess = uploaded_file  # type: ignore[method-assign]
+    settings: dict[str, Any] = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
+    image = gr.Image(label="Page", height=300, elem_id="image", **settings)
+    # In place of the method, as Gradio writes a file beside this one for each class of components.
+    image.preprocess = uploaded_file  # type: ignore[assignment, method-assign]
     mode = gr.Radio([AS_SAVED, *MODES], value=AS_SAVED, label="Mode", elem_id="mode")
     button = gr.Button("Show", variant="primary", elem_id="show")
     examples = gr.Examples(draw_examples(), image, cache_examples=False, elem_id="examples")
@@ -363,7 +371,13 @@ def _lay_out_images() -> list[Any]:
         {"page": "The page, and the token", "colors": "All tokens: alike colours, alike tokens"},
         {"neighbours": "Its neighbours: the brighter, the more alike", "gradient": "The pixels that it depends on"},
     )
-    settings = {"format": "png", "interactive": False, "show_label": False, "height": 400, "buttons": ["fullscreen"]}
+    settings: dict[str, Any] = {
+        "format": "png",
+        "interactive": False,
+        "show_label": False,
+        "height": 400,
+        "buttons": ["fullscreen"],
+    }
     images = []
     for row in rows:
         with gr.Row():

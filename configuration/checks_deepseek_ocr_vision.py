@@ -10,9 +10,10 @@ def require_integer(name: str, value: Any, *, at_least: int | None = None, at_mo
     """An integer of any kind, numpy's among them, as an `int`; booleans are none."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` is {value!r}; it has to be an integer{_range(at_least, at_most)}.")
-    if (at_least is not None and value < at_least) or (at_most is not None and value > at_most):
+    number = int(value)
+    if (at_least is not None and number < at_least) or (at_most is not None and number > at_most):
         raise ValueError(f"`{name}` is {value!r}; it has to be an integer{_range(at_least, at_most)}.")
-    return int(value)
+    return number
 
 
 def require_number(

@@ -77,17 +77,15 @@ class _ValidatedConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         """Read the file, as `transformers` does, which would go on with a list or a string in its place."""
+        found: Any
         try:
-            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-            found = type(config_dict).__name__
-        except (AttributeError, TypeError) as error:
-            # Older versions stumble over what they have read.
-            config_dict, found = None, f"something else ({error})"
-        if not isinstance(config_dict, dict):
-            raise ValueError(
-                f"config.json of {pretrained_model_name_or_path} has to hold an object, but holds {found}."
-            )
-        return config_dict, kwargs
+            found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, TypeError) as error:  # of older versions, about what they have read
+            found = error
+        if not isinstance(found, dict):
+            holds = f"has to hold an object, but holds {found!r:.100}"
+            raise ValueError(f"config.json of {pretrained_model_name_or_path} {holds}.")
+        return found, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -284,10 +282,8 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
         self.projection_dim = projection_dim
         super().__init__(**kwargs)
         if stated_hidden_size not in (None, self.hidden_size):
-            raise ValueError(
-                f"`hidden_size` is {stated_hidden_size!r}; it has to be {self.hidden_size}, the width of feature_mode "
-                f"{self.feature_mode!r}: leave it out."
-            )
+            allowed = f"{self.hidden_size}, the width of feature_mode {self.feature_mode!r}: leave it out"
+            raise ValueError(f"`hidden_size` is {stated_hidden_size!r}; it has to be {allowed}.")
 
     @classmethod
     def tiny(cls, **fields) -> "DeepSeekOCRVisionConfig":

@@ -7,7 +7,6 @@ ways to resize, Pillow and torchvision; torchvision need not be installed.
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -40,8 +39,9 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "pil", "torchvision"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-FIELDS = ("preset", "do_resize", "size", "mode", "tile_size", "max_patches", "resample", "do_pad", "do_rescale")
-FIELDS += ("rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb", "resize_backend")
+FIELDS: tuple[str, ...] = ("preset", "do_resize", "size", "mode", "tile_size", "max_patches", "resample", "do_pad")
+FIELDS += ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
+FIELDS += ("resize_backend",)
 # What no longer holds when another field is replaced: a mode is a size with or without tiles.
 _VOIDED_BY = {
     "preset": ("mode", "do_pad", "image_mean", "image_std"),
@@ -81,6 +81,9 @@ class DeepSeekOCRVisionImageProcessorKwargs(ImagesKwargs, total=False):
     tile_size: int | None
     max_patches: int | None
     resize_backend: str | None
+
+
+Pixels = torch.Tensor | list[torch.Tensor]
 
 
 class Views(NamedTuple):
@@ -154,9 +157,8 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
             its width, as torchvision does not. `"auto"`: torchvision for tensors if it is installed, else Pillow.
 
     All of these but `preset` can also be given for one call, as can `return_tensors` (`"pt"`, `"np"`, or `None` for a
-    list of tensors), `data_format` and `input_data_format` (`"channels_first"`, `"channels_last"`), `device` and
-    `disable_grouping` (tensors of one shape are resized together unless it is true). What else transformers declares
-    for image processors in general, such as `do_center_crop`, has no effect.
+    list of tensors), `data_format` and `input_data_format` (`"channels_first"`, `"channels_last"`) and `device`. What
+    else transformers declares for image processors in general, such as `do_center_crop`, has no effect.
 
     Raises:
         TypeError: An unknown argument, or a value or an image of a wrong type.
@@ -165,7 +167,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         OSError: A file that is missing, broken, no image or of another format; the message names the path.
     """
 
-    model_input_names: ClassVar = ["pixel_values", "pixel_values_local", "num_local_patches", "patches_grid"]
+    model_input_names = ["pixel_values", "pixel_values_local", "num_local_patches", "patches_grid"]  # noqa: RUF012
     valid_kwargs = DeepSeekOCRVisionImageProcessorKwargs
     code_entries: ClassVar = ("AutoImageProcessor", "AutoProcessor")
 
@@ -290,9 +292,9 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         if not self.do_resize:
             _require_token_multiple("height, width", height, width)
         page = _page_size(self.size) if self.do_resize else {"height": height, "width": width}
-        columns, rows = self._grid(height, width)
         views = [(page["height"], page["width"])]
-        if columns * rows > 1:
+        columns, rows = self._grid(height, width)
+        if self.tile_size is not None and columns * rows > 1:
             views.append((rows * self.tile_size, columns * self.tile_size))
         special = feature_mode == "sequence"
         return special + sum(side // TOKEN_SIZE * (other // TOKEN_SIZE + special) for side, other in views)
@@ -305,7 +307,6 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         data_format: str | None = None,
         input_data_format: str | None = None,
         device: str | torch.device | None = None,
-        disable_grouping: bool | None = None,
         **overrides,
     ) -> BatchFeature:
         """Prepare images; what calling the image processor does. Arguments, result and errors: see the class."""
@@ -314,7 +315,8 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         data_format = _optional_choice("data_format", data_format, CHANNEL_ORDERS)
         input_data_format = _optional_choice("input_data_format", input_data_format, CHANNEL_ORDERS)
         settings._require_backend()
-        views = settings._views(images, input_data_format, device, disable_grouping=bool(disable_grouping))
+        reading: dict[str, Any] = {"input_data_format": input_data_format, "device": device}
+        views = [settings._views(image, name, **reading) for name, image in named_images(images, "images")]
         pages = settings._normalized([view.page for view in views], [view.scale for view in views], device)
         features = {"pixel_values": _packed(pages, return_tensors, data_format)}
         if settings.tile_size is not None:
@@ -384,36 +386,17 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         can_resize = torchvision_functional is not None and self.resample in _TORCHVISION_MODES
         return can_resize and isinstance(image, torch.Tensor)
 
-    def _views(
-        self, images: Any, input_data_format: str | None, device: Any, *, disable_grouping: bool
-    ) -> list[Views]:
-        """The page and the tiles of every image, in order."""
-        views: dict[int, Views] = {}
-        waiting: dict[Any, list[tuple[int, torch.Tensor, float]]] = defaultdict(list)
-        for index, (name, image) in enumerate(named_images(images, "images")):
-            options = {"do_convert_rgb": self.do_convert_rgb, "keeps_tensor": self._keeps_tensor(image)}
-            read, scale = read_image(image, name, input_data_format=input_data_format, **options)
-            if not self.do_resize:
-                _require_token_multiple(name, *_height_width(read))
-            if options["keeps_tensor"] and isinstance(image, torch.Tensor):
-                tensor = _as_tensor(read).to(device or image.device)
-                group = tensor.shape, tensor.device, index if disable_grouping else None
-                waiting[group].append((index, tensor, scale))
-            else:
-                source = _as_tensor(read).to(device)[None] if options["keeps_tensor"] else read
-                views[index] = self._views_of(source, [scale])[0]
-        for group in waiting.values():
-            indexes, tensors, scales = zip(*group, strict=True)
-            # A large image alone is not copied.
-            stacked = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
-            views |= zip(indexes, self._views_of(stacked, scales), strict=True)
-        return [views[index] for index in sorted(views)]
-
-    def _views_of(self, images: Image.Image | torch.Tensor, scales: Sequence[float]) -> list[Views]:
-        """The views of an image of Pillow's, or of tensors of one shape, uint8 [B, 3, h, w]."""
-        grid = self._grid(*_height_width(images))
-        pages, tiles = self._pages(images), self._tiles(images, grid)
-        return [Views(page, cuts, grid, scale) for page, cuts, scale in zip(pages, tiles, scales, strict=True)]
+    def _views(self, image: Any, name: str, *, input_data_format: str | None, device: Any) -> Views:
+        """The page and the tiles of an image."""
+        keeps_tensor = self._keeps_tensor(image)
+        options = {"do_convert_rgb": self.do_convert_rgb, "keeps_tensor": keeps_tensor}
+        read, scale = read_image(image, name, input_data_format=input_data_format, **options)
+        if not self.do_resize:
+            _require_token_multiple(name, *_height_width(read))
+        if keeps_tensor:
+            read = _as_tensor(read).to(device or getattr(image, "device", None))
+        grid = self._grid(*_height_width(read))
+        return Views(self._page(read), self._tiles(read, grid), grid, scale)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Columns and rows of the tiles that an image is cut into; 1 and 1 if it is not."""
@@ -434,54 +417,52 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
             fitted = page_height, max(1, round(width / height * page_height))
         return round((page_height - fitted[0]) * 0.5), round((page_width - fitted[1]) * 0.5), *fitted
 
-    def _pages(self, images: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Images of one shape as pages, uint8 [B, 3, H, W]."""
+    def _page(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        """An image as a page, uint8 [3, H, W]."""
         if not self.do_resize:
-            return images if isinstance(images, torch.Tensor) else _as_tensor(images)[None]
-        top, left, height, width = self.placement(*_height_width(images))
-        resized = self._resized(images, height, width)
+            return _as_tensor(image)
+        top, left, height, width = self.placement(*_height_width(image))
+        resized = self._resized(image, height, width)
         if (height, width) == (self.size["height"], self.size["width"]):
             return resized
-        margin = torch.tensor(MARGIN, dtype=torch.uint8, device=resized.device).view(1, 3, 1, 1)
-        pages = margin.repeat(len(resized), 1, self.size["height"], self.size["width"])
-        pages[..., top : top + height, left : left + width] = resized
-        return pages
+        margin = torch.tensor(MARGIN, dtype=torch.uint8, device=resized.device).view(3, 1, 1)
+        page = margin.repeat(1, self.size["height"], self.size["width"])
+        page[:, top : top + height, left : left + width] = resized
+        return page
 
-    def _tiles(self, images: Image.Image | torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The tiles of images of one shape, uint8 [B, T, 3, S, S]."""
-        columns, rows = grid
+    def _tiles(self, image: Image.Image | torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The tiles of an image, uint8 [T, 3, S, S]."""
+        (columns, rows), side = grid, self.tile_size or 0
         if columns * rows == 1:
-            batch = len(images) if isinstance(images, torch.Tensor) else 1
-            return torch.empty(batch, 0, 3, self.tile_size or 0, self.tile_size or 0, dtype=torch.uint8)
-        return cut(self._resized(images, rows * self.tile_size, columns * self.tile_size), self.tile_size)
+            return torch.empty(0, 3, side, side, dtype=torch.uint8)
+        return cut(self._resized(image, rows * side, columns * side)[None], side)[0]
 
-    def _resized(self, images: Image.Image | torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Images of one shape at another size, uint8 [B, 3, height, width], by Pillow or torchvision."""
-        if isinstance(images, Image.Image):
-            return _as_tensor(images.resize((width, height), resample=self.resample))[None]
+    def _resized(self, image: Image.Image | torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """An image at another size, uint8 [3, height, width], by Pillow or torchvision."""
+        if isinstance(image, Image.Image):
+            return _as_tensor(image.resize((width, height), resample=self.resample))
         mode = InterpolationMode(_TORCHVISION_MODES[self.resample])
-        return torchvision_functional.resize(images, [height, width], interpolation=mode, antialias=True)
+        return torchvision_functional.resize(image, [height, width], interpolation=mode, antialias=True)
 
-    def _normalized(self, pages: list[torch.Tensor], scales: list[float], device: Any) -> torch.Tensor | list:
+    def _normalized(self, pages: list[torch.Tensor], scales: list[float], device: Any) -> Pixels:
         """Pages as float32, rescaled and normalised in one step: [B, 3, H, W], or a list if their sizes differ."""
         devices = {page.device for page in pages}
         device = device or (devices.pop() if len(devices) == 1 else "cpu")
-        shapes = [page.shape for page in pages]
-        if len(set(shapes)) == 1:
-            pixels = torch.empty(len(pages), *shapes[0], device=device)
-        else:
-            pixels = [torch.empty(shape, device=device) for shape in shapes]
+        pixels: Pixels = [torch.empty(page.shape, device=device) for page in pages]
+        if len({page.shape for page in pages}) == 1:
+            pixels = torch.empty(len(pages), *pages[0].shape, device=device)
         steps = {scale: [part.to(device) for part in self._factor_and_shift(scale)] for scale in set(scales)}
         for target, page, scale in zip(pixels, pages, scales, strict=True):
             factor, shift = steps[scale]
             target.copy_(page.to(device)).mul_(factor).add_(shift)
         return pixels
 
-    def _normalized_tiles(self, views: list[Views], device: Any) -> torch.Tensor:
+    def _normalized_tiles(self, views: list[Views], device: Any) -> Pixels:
         """The tiles of all images, as `_normalized` gives pages: [T, 3, S, S]."""
         tiles = [tile for view in views for tile in view.tiles]
         if not tiles:
-            return torch.empty(0, 3, self.tile_size, self.tile_size, device=device or views[0].page.device)
+            side = self.tile_size or 0
+            return torch.empty(0, 3, side, side, device=device or views[0].page.device)
         return self._normalized(tiles, [view.scale for view in views for _ in view.tiles], device)
 
     def _factor_and_shift(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -544,14 +525,14 @@ def _sizes(
     if mode is None:
         return _page_size(PAGE_SIZE if size is None else size), _tile_side(tile_size)
     chosen = require_mode(mode, preset)
-    belonging = {"size": _page_size(chosen.size), "tile_size": chosen.tile_size}
-    given = {"size": _page_size(chosen.size if size is None else size), "tile_size": _tile_side(tile_size)}
-    for name, value in given.items():
-        if value is not None and value != belonging[name]:
-            raise ValueError(
-                f"`{name}` is {value!r}, but in mode {mode!r} it is {belonging[name]!r}; give one of the two."
-            )
-    return belonging["size"], belonging["tile_size"]
+    own_size, own_tile_size = _page_size(chosen.size), chosen.tile_size
+    for name, given, own in (
+        ("size", None if size is None else _page_size(size), own_size),
+        ("tile_size", _tile_side(tile_size), own_tile_size),
+    ):
+        if given is not None and given != own:
+            raise ValueError(f"`{name}` is {given!r}, but in mode {mode!r} it is {own!r}; give one of the two.")
+    return own_size, own_tile_size
 
 
 def _tile_side(tile_size: Any) -> int | None:
@@ -575,27 +556,25 @@ def _require_token_multiple(name: str, height: int, width: int) -> None:
 
 
 def _height_width(image: Image.Image | torch.Tensor) -> tuple[int, int]:
-    return (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
+    return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[-2], image.shape[-1])
 
 
 def _as_tensor(image: Image.Image | torch.Tensor) -> torch.Tensor:
     """An RGB image as uint8 [3, H, W]."""
-    if isinstance(image, torch.Tensor):
-        return image
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _packed(pixels: torch.Tensor | list[torch.Tensor], return_tensors: str | None, data_format: str | None) -> Any:
+def _packed(pixels: Pixels, return_tensors: str | None, data_format: str | None) -> Any:
     """`pixels` in the order and the kind of container that were asked for."""
-    if isinstance(pixels, list) and return_tensors is not None:
-        shapes = [tuple(page.shape) for page in pixels]
-        raise ValueError(f"`return_tensors` is {return_tensors!r}, but the pages differ in shape: {shapes}.")
-    if data_format == "channels_last" and isinstance(pixels, list):
-        pixels = [page.permute(1, 2, 0).contiguous() for page in pixels]
-    elif data_format == "channels_last":
+    if data_format == "channels_last" and isinstance(pixels, torch.Tensor):
         pixels = pixels.permute(0, 2, 3, 1).contiguous()
+    elif data_format == "channels_last":
+        pixels = [page.permute(1, 2, 0).contiguous() for page in pixels]
     if return_tensors is None:
         return list(pixels)
+    if not isinstance(pixels, torch.Tensor):
+        shapes = [tuple(page.shape) for page in pixels]
+        raise ValueError(f"`return_tensors` is {return_tensors!r}, but the pages differ in shape: {shapes}.")
     return pixels if return_tensors == "pt" else pixels.cpu().numpy()
 
 

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 
 PAPER = (255, 255, 255)
@@ -193,13 +193,14 @@ def _require_format(image: ImageFile.ImageFile, name: str) -> None:
     if image.format not in IMAGE_FORMATS:
         advice = "Convert it yourself, by `image.convert('RGB')`, if you trust it"
         raise OSError(f"{name} is of format {image.format}; allowed are {', '.join(IMAGE_FORMATS)}. {advice}.")
-    if image.format != "TIFF":
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
     bits = max(image.tag_v2.get(_BITS, (1,)))
     if image.tag_v2.get(_PLANAR) == 2 and bits > 8 and len(image.getbands()) > 1:
         # Pillow takes every other byte of a plane for a pixel.
         raise OSError(f"{name} has planes of {bits} bits; store its channels together, or in 8 bits.")
-    if image.tile and sum((box[2] - box[0]) * (box[3] - box[1]) for _, box, *_ in image.tile) < math.prod(image.size):
+    boxes = [tile[1] or (0, 0, 0, 0) for tile in image.tile]
+    if boxes and sum((right - left) * (lower - upper) for left, upper, right, lower in boxes) < math.prod(image.size):
         # Pillow leaves them black.
         raise OSError(f"{name} lacks pixels: it has {image.height} rows (by its header), and strips for fewer.")
 
@@ -207,7 +208,8 @@ def _require_format(image: ImageFile.ImageFile, name: str) -> None:
 def _mend_transparent_colour(image: Image.Image) -> None:
     """Bring a PNG file's transparent colour to the 8 bits that its pixels are read to."""
     key = image.info.get("transparency")
-    stored_as = image.tile[0][3] if image.format == "PNG" and getattr(image, "tile", None) else None
+    tiles = getattr(image, "tile", None)
+    stored_as = tiles[0][3] if tiles and image.format == "PNG" else None
     if stored_as in _KEY_IN_8_BITS and not isinstance(key, bytes | None):
         image.info["transparency"] = _KEY_IN_8_BITS[stored_as](key)
 
@@ -323,7 +325,7 @@ def _drawn(array: np.ndarray, name: str, *, channels_last: bool) -> tuple[Image.
     if array.ndim == 3:
         array = array if channels_last else np.moveaxis(array, 0, -1)
         array = array[..., 0] if array.shape[-1] == 1 else array
-    _require_pixels(*array.shape[:2], name)
+    _require_pixels(array.shape[0], array.shape[1], name)
     levels, scale = _levels(array, name, is_16_bit=array.dtype.kind == "u" and array.dtype.itemsize == 2)
     return Image.fromarray(np.ascontiguousarray(levels)), scale
 

@@ -67,7 +67,8 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
             TypeError: An argument is not known.
             ValueError: There is text, or there are no images, or the image processor cannot read one.
         """
-        if kwargs.pop("text", None) is not None or kwargs.pop("text_kwargs", None):
+        given: dict[str, Any] = {**kwargs}
+        if given.pop("text", None) is not None or given.pop("text_kwargs", None):
             raise ValueError(
                 "`text` was given, but this processor has no tokenizer. For text with images use transformers' "
                 "LlavaProcessor(image_processor=processor.image_processor, tokenizer=..., patch_size=64, "
@@ -76,12 +77,12 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
         if images is None:
             raise ValueError("`images` is None; give an image or a list of images.")
         for group in ("videos_kwargs", "audio_kwargs"):
-            kwargs.pop(group, None)
-        options = [kwargs.pop(group, None) or {} for group in ("common_kwargs", "images_kwargs")] + [kwargs]
-        twice = sorted(name for name in options[1] if name in kwargs)
+            given.pop(group, None)
+        common, own = (given.pop(group, None) or {} for group in ("common_kwargs", "images_kwargs"))
+        twice = sorted(name for name in own if name in given)
         if twice:
             raise ValueError(f"{twice} are given twice: by themselves and inside `images_kwargs`.")
-        return self.image_processor(images, **(options[0] | options[1] | options[2]))
+        return self.image_processor(images, **common | own | given)
 
     def parts_to_save(self) -> list[Any]:
         """Itself, and its image processor if it is this package's."""

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from numbers import Integral
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from PIL import Image, ImageDraw, ImageFont, features
 
@@ -85,7 +85,8 @@ class TextRenderer:
         self._ascent, descent = (max(heights) for heights in zip(*(f.getmetrics() for f in self.fonts), strict=True))
         self._font_height = self._ascent + descent
         self._line_pitch = require_number("line_spacing", line_spacing, at_least=0.5) * self._font_height
-        self._glyphs: dict[str, _Glyph | None] = {}
+        self._glyphs: dict[str, _Glyph] = {}
+        self._missing: set[str] = set()
         self._require_room()
         self._replacement = self._checked_replacement(replacement)
 
@@ -237,9 +238,13 @@ class TextRenderer:
 
     def _can_draw(self, character: str) -> bool:
         """Whether some font has a character, and the basic layout gets it right."""
-        if character not in self._glyphs:
-            self._glyphs[character] = None if _needs_shaping(character) else self._find_glyph(character)
-        return self._glyphs[character] is not None
+        if character not in self._glyphs and character not in self._missing:
+            glyph = None if _needs_shaping(character) else self._find_glyph(character)
+            if glyph is None:
+                self._missing.add(character)
+            else:
+                self._glyphs[character] = glyph
+        return character in self._glyphs
 
     def _find_glyph(self, character: str) -> "_Glyph | None":
         """The first font that has a character."""
@@ -391,7 +396,7 @@ def _open_fonts(font: FontFile | Iterable[FontFile] | None, size: float) -> list
 
 def _default_font(size: float) -> ImageFont.FreeTypeFont:
     try:
-        return ImageFont.load_default(size)
+        return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
     except TypeError as error:
         raise ImportError("The font that comes with Pillow needs Pillow 10.1 or newer; or name a `font`.") from error
 

@@ -212,13 +212,30 @@ def test_a_request_that_names_a_file_of_the_server_is_refused(served, image, ext
     assert "data" not in answer["output"]
 
 
-def test_a_path_that_leads_out_of_the_uploads_is_refused(served, image):
-    """Pins a check of the beginning of a path, which `..`, a link and a folder beside it pass."""
-    uploads = Path(upload(served, image)).parent
-    link = uploads / "link.png"
+@pytest.fixture
+def link_in_uploads(served, image):
+    """A link among the uploads that leads to a file which was not uploaded."""
+    link = Path(upload(served, image)).with_name(f"link-{time.monotonic_ns()}.png")
     link.symlink_to(image)
+    yield link
+    link.unlink()
+
+
+def test_a_path_that_leads_out_of_the_uploads_is_refused(served, image, link_in_uploads):
+    """Pins a check of the beginning of a path, which `..`, a link and a folder beside it pass."""
+    folder = link_in_uploads.parent
     beside = f"{get_upload_folder()}-private/page.png"
-    paths = [f"{uploads}/../../../{image}", link, beside, uploads, "", "page.png", "\0", "x" * 5000, "/dev/zero"]
+    paths = [
+        f"{folder}/../../..{image}",
+        link_in_uploads,
+        beside,
+        folder,
+        "",
+        "page.png",
+        "\0",
+        "x" * 5000,
+        "/dev/zero",
+    ]
     for path in paths:
         answer = ask(served, {"path": str(path)})
         assert answer["success"] is False, path

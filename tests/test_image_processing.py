@@ -1,4 +1,4 @@
-"""The image processor: exactness, kinds of pictures, faults, arguments."""
+"""The image processor: exactness, kinds of images, faults, arguments."""
 
 import copy
 import json
@@ -34,13 +34,13 @@ EVERY_PRESET = [("deepseek-ocr-encoder", 1024), *(("deepseek-ocr", size) for siz
 
 
 def levels_of(images, **kwargs) -> torch.Tensor:
-    """The 256 levels of pictures, [B, 3, H, W], untouched by rescaling and normalising."""
+    """The 256 levels of images, [B, 3, H, W], untouched by rescaling and normalising."""
     processor = DeepSeekOCRVisionImageProcessor(do_rescale=False, do_normalize=False, size=64)
     return processor(images, return_tensors="pt", **kwargs).pixel_values
 
 
-def picture(height: int = 48, width: int = 80, mode: str = "RGB") -> Image.Image:
-    """A smooth picture with noise on it, the same at every call."""
+def new_image(height: int = 48, width: int = 80, mode: str = "RGB") -> Image.Image:
+    """A smooth image with noise on it, the same at every call."""
     rows, columns = np.mgrid[:height, :width]
     noise = np.random.default_rng(0).integers(0, 64, (height, width, 3))
     planes = np.stack([rows * 191 // height, columns * 191 // width, (rows + columns) % 192], axis=-1)
@@ -93,13 +93,13 @@ def test_the_tensor_path_is_within_its_documented_tolerance_of_the_golden_values
 def test_tokens_are_counted_as_the_pixels_say(preset, size, height, width):
     """A composite's text has as many placeholders as this says; one too many and the model refuses the batch."""
     processor = DeepSeekOCRVisionImageProcessor(preset, size=size)
-    pixels = processor(picture(height, width), return_tensors="pt").pixel_values
+    pixels = processor(new_image(height, width), return_tensors="pt").pixel_values
     tokens = (pixels.shape[2] // 64) * (pixels.shape[3] // 64)
     assert processor.num_image_tokens(height, width) == tokens
 
 
-def test_tokens_of_a_picture_that_is_not_resized_follow_its_own_size():
-    """Counting the page's tokens then is wrong for every other picture."""
+def test_tokens_of_an_image_that_is_not_resized_follow_its_own_size():
+    """Counting the page's tokens then is wrong for every other image."""
     processor = DeepSeekOCRVisionImageProcessor(do_resize=False)
     assert processor.num_image_tokens(64, 192) == 3
     with pytest.raises(ValueError, match="64 x 192"):
@@ -114,7 +114,7 @@ def test_a_padded_page_is_pillows_own_pad(backend, height, width):
     """Another rounding shifts the page by a pixel; `ImageOps.pad` itself fails on 1 x 4000."""
     if backend == "torchvision":
         pytest.importorskip("torchvision")
-    page = picture(height, width)
+    page = new_image(height, width)
     levels = levels_of(page, do_pad=True, resize_backend=backend, size=(128, 192))[0].permute(1, 2, 0)
     if 1 in page.size:
         assert (levels[0, 0] == 127).all() or (levels[-1, -1] == 127).all()
@@ -127,12 +127,12 @@ def test_a_padded_page_is_pillows_own_pad(backend, height, width):
 def test_both_backends_agree_on_a_page_made_smaller():
     """The golden page is made larger; scans are made smaller, where antialiasing is what counts."""
     pytest.importorskip("torchvision")
-    page = picture(500, 700)
+    page = new_image(500, 700)
     difference = (levels_of(page, resize_backend="pil") - levels_of(page, resize_backend="torchvision")).abs()
     assert difference.max() <= TORCHVISION_LEVELS
 
 
-# Kinds of pictures
+# Kinds of images
 
 
 def forms_of(page: Image.Image, folder: Path) -> dict:
@@ -160,9 +160,9 @@ def forms_of(page: Image.Image, folder: Path) -> dict:
     }
 
 
-def test_one_picture_gives_one_result_in_whatever_form_it_comes(tmp_path):
+def test_one_image_gives_one_result_in_whatever_form_it_comes(tmp_path):
     """Floats rescaled twice come out black, channels taken for rows come out as stripes; neither raises."""
-    page = picture()
+    page = new_image()
     expected = levels_of(page)
     for form, image in forms_of(page, tmp_path).items():
         torch.testing.assert_close(
@@ -175,9 +175,9 @@ def unscaled(form: str) -> dict:
     return {"do_rescale": True, "rescale_factor": 1.0} if "float" in form else {}
 
 
-def test_a_mixed_batch_equals_its_pictures_one_by_one(tmp_path):
+def test_a_mixed_batch_equals_its_images_one_by_one(tmp_path):
     """Grouped by shape, the pages must not come out in the order of the groups."""
-    pages = [picture(48, 80), picture(30, 30), picture(48, 80).rotate(180), picture(30, 31)]
+    pages = [new_image(48, 80), new_image(30, 30), new_image(48, 80).rotate(180), new_image(30, 31)]
     pages[1].save(tmp_path / "1.png")
     images = [
         torch.from_numpy(np.array(pages[0])).permute(2, 0, 1),
@@ -193,8 +193,8 @@ def test_a_mixed_batch_equals_its_pictures_one_by_one(tmp_path):
 
 
 def test_batches_are_flattened_in_order():
-    """transformers' processors hand pictures on as a list of lists, one for each text."""
-    pages = [picture(48, 80), picture(48, 80).rotate(180)]
+    """transformers' processors hand images on as a list of lists, one for each text."""
+    pages = [new_image(48, 80), new_image(48, 80).rotate(180)]
     expected = levels_of(pages)
     arrays = np.stack([np.array(page) for page in pages])
     for images in ([[pages[0]], [pages[1]]], tuple(pages), arrays, arrays.transpose(0, 3, 1, 2), [arrays]):
@@ -205,16 +205,16 @@ def test_batches_are_flattened_in_order():
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX"])
 def test_an_opaque_mode_is_converted_as_by_pillow(mode):
-    """CMYK read as RGBA, or a palette's indexes as grey levels, give a picture of the right shape."""
-    page = picture(64, 64, mode)
+    """CMYK read as RGBA, or a palette's indexes as grey levels, give an image of the right shape."""
+    page = new_image(64, 64, mode)
     expected = torch.from_numpy(np.array(page.convert("RGB"))).permute(2, 0, 1).float()
     torch.testing.assert_close(levels_of(page, do_resize=False)[0], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "La"])
-def test_an_opaque_picture_with_alpha_equals_the_one_without(mode):
+def test_an_opaque_image_with_alpha_equals_the_one_without(mode):
     """Blending with rounding errors changes pages that have nothing transparent on them."""
-    page = picture(64, 64, "L" if mode in ("LA", "La") else "RGB")
+    page = new_image(64, 64, "L" if mode in ("LA", "La") else "RGB")
     with_alpha = page.convert("RGBA" if page.mode == "RGB" else "LA")
     with_alpha = page.convert("P").convert("PA") if mode == "PA" else with_alpha.convert(mode)
     page = page.convert("P") if mode == "PA" else page
@@ -222,7 +222,7 @@ def test_an_opaque_picture_with_alpha_equals_the_one_without(mode):
     torch.testing.assert_close(levels_of(with_alpha, do_resize=False)[0], expected, rtol=0, atol=0)
 
 
-def transparent_pictures(folder: Path) -> dict:
+def transparent_images(folder: Path) -> dict:
     rgba = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     palette = Image.new("P", (64, 64), 0)
     palette.putpalette([0, 0, 0, 255, 0, 0])
@@ -242,7 +242,7 @@ def transparent_pictures(folder: Path) -> dict:
 
 def test_paper_shows_through_what_is_transparent(tmp_path):
     """Pillow's `convert("RGB")` drops alpha: black letters on a transparent page become a black page."""
-    for kind, image in transparent_pictures(tmp_path).items():
+    for kind, image in transparent_images(tmp_path).items():
         assert (levels_of(image) == 255).all(), kind
 
 
@@ -282,9 +282,9 @@ def test_16_bits_are_scaled_to_8(kind, tmp_path):
     ],
 )
 def test_numbers_out_of_range_are_refused_with_dtype_and_range(image, message):
-    """Clipped, wrapped or rescaled on a guess, they would make a wrong picture in silence."""
+    """Clipped, wrapped or rescaled on a guess, they would make a wrong image in silence."""
     with pytest.raises(ValueError, match=message):
-        levels_of([picture(), image])
+        levels_of([new_image(), image])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -294,7 +294,7 @@ def test_nan_and_infinity_are_refused(value, container):
     page = np.full((8, 8), 0.5, dtype=np.float32)
     page[3, 4] = value
     with pytest.raises(ValueError, match=r"images\[1\] holds NaN or infinity"):
-        levels_of([picture(), container(page)])
+        levels_of([new_image(), container(page)])
 
 
 def test_floats_a_rounding_error_past_the_end_are_that_end():
@@ -307,7 +307,7 @@ def test_floats_a_rounding_error_past_the_end_are_that_end():
 
 def test_floats_that_are_not_rescaled_stay_where_they_are():
     """`do_rescale=False` is how transformers' users say that their floats are in [0, 1] already."""
-    page = picture(64, 64)
+    page = new_image(64, 64)
     processor = DeepSeekOCRVisionImageProcessor(size=64)
     array = np.array(page, dtype=np.float32) / 255
     expected = processor(page, return_tensors="pt").pixel_values
@@ -336,9 +336,9 @@ def test_the_channel_axis_is_found_where_shape_alone_does_not_tell():
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_exif_orientation_is_followed_for_a_path_and_an_opened_picture_alike(orientation, tmp_path):
+def test_exif_orientation_is_followed_for_a_path_and_an_opened_image_alike(orientation, tmp_path):
     """A page scanned with a phone lies on its side, and the text on it cannot be read."""
-    page, exif = picture(), Image.Exif()
+    page, exif = new_image(), Image.Exif()
     exif[0x0112] = orientation
     page.save(tmp_path / "page.png", exif=exif)
     with Image.open(tmp_path / "page.png") as opened:
@@ -351,8 +351,8 @@ def test_exif_orientation_is_followed_for_a_path_and_an_opened_picture_alike(ori
 
 
 @pytest.mark.parametrize("suffix", ["gif", "tiff", "png"])
-def test_of_several_frames_the_first_is_read_and_the_callers_picture_stays_where_it_was(suffix, tmp_path):
-    """Read where it stands, a picture means something else after every loop over its frames."""
+def test_of_several_frames_the_first_is_read_and_the_callers_image_stays_where_it_was(suffix, tmp_path):
+    """Read where it stands, an image means something else after every loop over its frames."""
     frames = [Image.new("L", (64, 64), grey) for grey in (40, 120, 200)]
     frames[0].save(tmp_path / f"frames.{suffix}", save_all=True, append_images=frames[1:])
     assert (levels_of(tmp_path / f"frames.{suffix}") == 40).all()
@@ -373,11 +373,11 @@ def test_of_several_frames_the_first_is_read_and_the_callers_picture_stays_where
         ([[]], ValueError, r"images\[0\] is empty"),
         (np.zeros((0, 8, 8, 3), dtype=np.uint8), ValueError, "images is empty"),
         (None, TypeError, "images is of type NoneType"),
-        ([picture(), None], TypeError, r"images\[1\] is of type NoneType"),
-        ([[picture()], [picture(), 3]], TypeError, r"images\[1\]\[1\] is of type int"),
+        ([new_image(), None], TypeError, r"images\[1\] is of type NoneType"),
+        ([[new_image()], [new_image(), 3]], TypeError, r"images\[1\]\[1\] is of type int"),
         ([b"\x89PNG"], TypeError, r"images\[0\] is of type bytes"),
         (Image.new("RGB", (0, 5)), ValueError, "no pixels: it is 5 x 0"),
-        ([picture(), np.zeros((0, 5, 3), dtype=np.uint8)], ValueError, r"images\[1\] has no pixels.*\(0, 5, 3\)"),
+        ([new_image(), np.zeros((0, 5, 3), dtype=np.uint8)], ValueError, r"images\[1\] has no pixels.*\(0, 5, 3\)"),
         (torch.zeros(3, 0, 4), ValueError, r"no pixels.*\(3, 0, 4\)"),
         (np.zeros(7, dtype=np.uint8), ValueError, r"shape \(7,\)"),
         (np.zeros((1, 1, 1, 1, 3), dtype=np.uint8), ValueError, r"shape \(1, 1, 1, 1, 3\)"),
@@ -388,7 +388,7 @@ def test_of_several_frames_the_first_is_read_and_the_callers_picture_stays_where
         ("data:image/png;base64,AAAA", ValueError, "is a URL"),
     ],
 )
-def test_what_is_no_picture_is_refused_by_its_place_in_the_batch(images, error, message):
+def test_what_is_no_image_is_refused_by_its_place_in_the_batch(images, error, message):
     """In a batch of thousands, `NoneType has no attribute shape` leaves the user searching."""
     with pytest.raises(error, match=message):
         levels_of(images)
@@ -397,20 +397,20 @@ def test_what_is_no_picture_is_refused_by_its_place_in_the_batch(images, error, 
 @pytest.mark.parametrize("backend", ["pil", "torchvision"])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4000), (4000, 1)])
 @pytest.mark.parametrize("preset", list(PRESETS))
-def test_the_thinnest_pictures_are_valid(preset, height, width, backend):
+def test_the_thinnest_images_are_valid(preset, height, width, backend):
     """Resized with its aspect ratio kept, 1 x 4000 rounds to a height of 0, and Pillow raises."""
     if backend == "torchvision":
         pytest.importorskip("torchvision")
     processor = DeepSeekOCRVisionImageProcessor(
         preset, do_pad=preset == "deepseek-ocr", size=64, resize_backend=backend
     )
-    for page in (picture(height, width), np.array(picture(height, width))):
+    for page in (new_image(height, width), np.array(new_image(height, width))):
         assert processor(page, return_tensors="pt").pixel_values.isfinite().all()
 
 
 def test_faulty_files_are_refused_with_their_paths(tmp_path):
     """Pillow's messages name no file, and a truncated one is only found while it is read."""
-    picture(200, 200).save(tmp_path / "whole.jpg")
+    new_image(200, 200).save(tmp_path / "whole.jpg")
     whole = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "page.html").write_text("<html>404</html>")
@@ -418,7 +418,7 @@ def test_faulty_files_are_refused_with_their_paths(tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("truncated.jpg", "page.html", "empty.png", "missing.png", "folder"):
         with pytest.raises(OSError, match=rf"images\[1\] \(.*{re.escape(name)}\)"):
-            levels_of([picture(), str(tmp_path / name)])
+            levels_of([new_image(), str(tmp_path / name)])
         with pytest.raises(OSError, match=r"images\[0\] \("):
             DeepSeekOCRVisionImageProcessor().fetch_images([tmp_path / name])
     with pytest.raises(FileNotFoundError):
@@ -429,8 +429,8 @@ def test_faulty_files_are_refused_with_their_paths(tmp_path):
 
 def test_too_many_pixels_are_refused_as_by_pillow(monkeypatch, tmp_path):
     """400 megapixels take the machine's memory; Pillow's own error is no ValueError and names no file."""
-    picture(40, 50).save(tmp_path / "page.png")
-    images = {"path": tmp_path / "page.png", "PIL": picture(40, 50), "array": np.array(picture(40, 50))}
+    new_image(40, 50).save(tmp_path / "page.png")
+    images = {"path": tmp_path / "page.png", "PIL": new_image(40, 50), "array": np.array(new_image(40, 50))}
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 999)
     for kind, image in images.items():
         for error in (Image.DecompressionBombError, ValueError):
@@ -467,7 +467,7 @@ def test_a_size_that_the_model_cannot_take_is_refused_with_the_nearest_one(size,
     with pytest.raises(ValueError, match=message):
         DeepSeekOCRVisionImageProcessor(size=size)
     with pytest.raises(ValueError, match=message):
-        DeepSeekOCRVisionImageProcessor()(picture(), size=size)
+        DeepSeekOCRVisionImageProcessor()(new_image(), size=size)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ def test_an_unknown_preset_is_refused_with_the_list():
 def test_an_unknown_argument_of_a_call_is_refused_by_its_name(name):
     """Swallowed, a misspelled `size` trains on pages of another size."""
     with pytest.raises(TypeError, match=f"has no {name}; it has do_resize, size"):
-        DeepSeekOCRVisionImageProcessor()(picture(), **{name: 3})
+        DeepSeekOCRVisionImageProcessor()(new_image(), **{name: 3})
     if name != "preset":
         with pytest.raises(TypeError, match=f"has no {name}"):
             DeepSeekOCRVisionImageProcessor(**{name: 3})
@@ -516,8 +516,8 @@ def test_arguments_of_a_call_replace_the_fields_for_that_call_alone():
     processor = DeepSeekOCRVisionImageProcessor(size=64)
     before = processor.to_dict()
     replaced = {"size": 128, "image_mean": 0, "image_std": 1, "rescale_factor": 1.0, "do_pad": True, "resample": 0}
-    built = DeepSeekOCRVisionImageProcessor(**replaced)(picture(), return_tensors="pt").pixel_values
-    torch.testing.assert_close(processor(picture(), return_tensors="pt", **replaced).pixel_values, built)
+    built = DeepSeekOCRVisionImageProcessor(**replaced)(new_image(), return_tensors="pt").pixel_values
+    torch.testing.assert_close(processor(new_image(), return_tensors="pt", **replaced).pixel_values, built)
     assert processor.to_dict() == before
 
 
@@ -525,50 +525,50 @@ def test_a_field_set_later_is_validated_when_used():
     """`processor.size = 1000` is an ordinary thing to write in a notebook."""
     processor = DeepSeekOCRVisionImageProcessor()
     processor.size = 128
-    assert processor(picture(), return_tensors="pt").pixel_values.shape == (1, 3, 128, 128)
+    assert processor(new_image(), return_tensors="pt").pixel_values.shape == (1, 3, 128, 128)
     processor.size = 100
     with pytest.raises(ValueError, match="100 x 100"):
-        processor(picture())
+        processor(new_image())
 
 
-def test_pictures_that_are_not_resized_need_a_size_that_the_model_can_take():
+def test_images_that_are_not_resized_need_a_size_that_the_model_can_take():
     """The model would say so too, after the batch has travelled to it."""
     processor = DeepSeekOCRVisionImageProcessor(do_resize=False)
-    assert processor(picture(64, 128), return_tensors="pt").pixel_values.shape == (1, 3, 64, 128)
+    assert processor(new_image(64, 128), return_tensors="pt").pixel_values.shape == (1, 3, 64, 128)
     with pytest.raises(ValueError, match=r"images\[1\]: 48 x 80 .* nearest size is 64 x 64"):
-        processor([picture(64, 64), picture(48, 80)])
+        processor([new_image(64, 64), new_image(48, 80)])
     with pytest.raises(ValueError, match=r"differ in shape: \[\(3, 64, 64\), \(3, 64, 128\)\]"):
-        processor([picture(64, 64), picture(64, 128)], return_tensors="pt")
-    assert [page.shape[-1] for page in processor([picture(64, 64), picture(64, 128)]).pixel_values] == [64, 128]
+        processor([new_image(64, 64), new_image(64, 128)], return_tensors="pt")
+    assert [page.shape[-1] for page in processor([new_image(64, 64), new_image(64, 128)]).pixel_values] == [64, 128]
 
 
 def test_results_come_in_the_container_and_order_that_were_asked_for():
     """A silent default would hand channels-last numbers to a channels-first model."""
     processor = DeepSeekOCRVisionImageProcessor(size=(64, 128))
-    pixels = processor([picture()] * 2, return_tensors="pt").pixel_values
+    pixels = processor([new_image()] * 2, return_tensors="pt").pixel_values
     assert pixels.shape == (2, 3, 64, 128)
     assert pixels.is_contiguous()
-    array = processor([picture()] * 2, return_tensors="np", data_format="channels_last").pixel_values
+    array = processor([new_image()] * 2, return_tensors="np", data_format="channels_last").pixel_values
     np.testing.assert_array_equal(array, pixels.permute(0, 2, 3, 1).numpy())
-    assert [tuple(page.shape) for page in processor([picture()] * 2).pixel_values] == [(3, 64, 128)] * 2
+    assert [tuple(page.shape) for page in processor([new_image()] * 2).pixel_values] == [(3, 64, 128)] * 2
     with pytest.raises(ValueError, match="`return_tensors` is 'tf'"):
-        processor(picture(), return_tensors="tf")
+        processor(new_image(), return_tensors="tf")
     with pytest.raises(ValueError, match="`data_format` is 'HWC'"):
-        processor(picture(), data_format="HWC")
-    assert processor(picture(), return_tensors="pt").to(torch.bfloat16).pixel_values.dtype == torch.bfloat16
+        processor(new_image(), data_format="HWC")
+    assert processor(new_image(), return_tensors="pt").to(torch.bfloat16).pixel_values.dtype == torch.bfloat16
 
 
 def test_do_convert_rgb_false_refuses_other_modes():
     """The model takes three channels; what it gets then must not be a guess."""
     processor = DeepSeekOCRVisionImageProcessor(size=64, do_convert_rgb=False)
-    assert processor(picture(), return_tensors="pt").pixel_values.shape == (1, 3, 64, 64)
+    assert processor(new_image(), return_tensors="pt").pixel_values.shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match="images is of mode L"):
-        processor(picture(mode="L"))
+        processor(new_image(mode="L"))
 
 
-def test_the_callers_pictures_are_left_as_they_were():
+def test_the_callers_images_are_left_as_they_were():
     """Normalising in place would darken the user's own array at every call."""
-    page = picture()
+    page = new_image()
     array = np.array(page, dtype=np.float32) / 255
     tensor = torch.from_numpy(np.array(page)).permute(2, 0, 1).clone()
     copies = page.copy(), array.copy(), tensor.clone()
@@ -607,7 +607,7 @@ def test_every_field_survives_json_and_a_folder(tmp_path):
         assert fields[name] == value
         assert getattr(processor, name) == value
         assert default.get(name) != value, f"{name} is tested with its default"
-    # A mode and tiles need pictures that are resized; they have tests of their own.
+    # A mode and tiles need images that are resized; they have tests of their own.
     assert set(default) <= set(EVERY_FIELD) | {"image_processor_type", "mode", "tile_size"}
     processor.to_json_file(tmp_path / "fields.json")
     assert DeepSeekOCRVisionImageProcessor.from_json_file(tmp_path / "fields.json").to_dict() == processor.to_dict()
@@ -669,7 +669,7 @@ print(json.dumps(report))
 @pytest.fixture(scope="module")
 def report_without_torchvision(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("alone") / "page.png"
-    picture().save(path)
+    new_image().save(path)
     run = subprocess.run([sys.executable, "-c", ALONE, str(path)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)

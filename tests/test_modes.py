@@ -20,7 +20,7 @@ TOKENS = {"tiny": 64, "small": 100, "base": 256, "large": 400}
 ROUNDING = 1e-6
 
 
-def picture(height: int, width: int) -> Image.Image:
+def new_image(height: int, width: int) -> Image.Image:
     """Noise, the same at every call."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -83,12 +83,18 @@ def test_tiles_are_cut_in_reading_order():
 
 
 @pytest.mark.parametrize("backend", ["pil", "torchvision"])
-def test_a_batch_of_any_pictures_equals_its_pictures_one_by_one(backend):
-    """Pins tiles that end up with another picture: large and small ones, tensors of one shape, floats, a path's."""
+def test_a_batch_of_any_images_equals_its_images_one_by_one(backend):
+    """Pins tiles that end up with another image: large and small ones, tensors of one shape, floats, a path's."""
     if backend == "torchvision":
         pytest.importorskip("torchvision")
     processor = DeepSeekOCRVisionImageProcessor("deepseek-ocr", size=128, tile_size=64, resize_backend=backend)
-    pages = [picture(200, 100), picture(40, 60), picture(90, 300), picture(200, 100).rotate(180), picture(64, 64)]
+    pages = [
+        new_image(200, 100),
+        new_image(40, 60),
+        new_image(90, 300),
+        new_image(200, 100).rotate(180),
+        new_image(64, 64),
+    ]
     tensors = [torch.from_numpy(np.array(page)).permute(2, 0, 1) for page in pages]
     images = [tensors[0], pages[1], np.array(pages[2]) / 255, tensors[3], tensors[4]]
     batch = processor(images, return_tensors="pt")
@@ -100,21 +106,21 @@ def test_a_batch_of_any_pictures_equals_its_pictures_one_by_one(backend):
     assert batch.pixel_values_local.unique().numel() > 200
 
 
-def test_small_pictures_leave_an_empty_batch_of_tiles():
+def test_small_images_leave_an_empty_batch_of_tiles():
     """Pins the key that is missing in Unlimited-OCR then: one process would take another way than the others."""
     processor = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="gundam")
-    features = processor([picture(640, 640), picture(1, 1)], return_tensors="pt")
+    features = processor([new_image(640, 640), new_image(1, 1)], return_tensors="pt")
     assert features.pixel_values_local.shape == (0, 3, 640, 640)
     assert (features.num_local_patches, features.patches_grid) == ([0, 0], [[1, 1], [1, 1]])
-    features = processor(picture(5, 5), return_tensors="np", data_format="channels_last")
+    features = processor(new_image(5, 5), return_tensors="np", data_format="channels_last")
     assert features.pixel_values_local.shape == (0, 640, 640, 3)
-    assert processor(picture(5, 5)).pixel_values_local == []
+    assert processor(new_image(5, 5)).pixel_values_local == []
 
 
 def test_tiles_come_in_the_container_and_order_that_were_asked_for():
     """Pins options that reach the page and not the tiles."""
     processor = DeepSeekOCRVisionImageProcessor("deepseek-ocr", size=128, tile_size=64)
-    page = picture(100, 200)
+    page = new_image(100, 200)
     tensors = processor(page, return_tensors="pt").pixel_values_local
     array = processor(page, return_tensors="np", data_format="channels_last").pixel_values_local
     np.testing.assert_array_equal(array, tensors.permute(0, 2, 3, 1).numpy())
@@ -127,7 +133,7 @@ def test_tiles_come_in_the_container_and_order_that_were_asked_for():
 
 def test_without_tiles_there_are_only_pixel_values():
     """Pins LLaVA, which hands on whatever the image processor gives."""
-    features = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="tiny")(picture(700, 700), return_tensors="pt")
+    features = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="tiny")(new_image(700, 700), return_tensors="pt")
     assert list(features) == ["pixel_values"]
 
 
@@ -146,8 +152,8 @@ def test_a_mode_is_its_sizes_in_the_constructor_a_call_a_field_and_a_folder(mode
     DeepSeekOCRVisionProcessor(processor).save_pretrained(tmp_path)
     assert AutoImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
     other = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="large" if mode == "gundam" else "gundam")
-    expected = processor(picture(30, 700), return_tensors="pt")
-    called = other(picture(30, 700), return_tensors="pt", mode=mode)
+    expected = processor(new_image(30, 700), return_tensors="pt")
+    called = other(new_image(30, 700), return_tensors="pt", mode=mode)
     assert called.keys() == expected.keys()
     assert torch.equal(called.pixel_values, expected.pixel_values)
     other.mode = mode
@@ -164,12 +170,12 @@ def test_a_mode_and_a_size_that_differ_are_an_error_and_one_replaces_the_other()
         DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="base", tile_size=640)
     processor = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="gundam", size=(1024, 1024), tile_size=640)
     with pytest.raises(ValueError, match=r"`size` is .*512.*, but in mode 'base'"):
-        processor(picture(9, 9), mode="base", size=512)
-    assert processor(picture(9, 9), size=512, return_tensors="pt").pixel_values.shape[-1] == 512
-    assert list(processor(picture(9, 9), mode="tiny")) == ["pixel_values"]
+        processor(new_image(9, 9), mode="base", size=512)
+    assert processor(new_image(9, 9), size=512, return_tensors="pt").pixel_values.shape[-1] == 512
+    assert list(processor(new_image(9, 9), mode="tiny")) == ["pixel_values"]
     assert processor.mode == "gundam"
     base = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="base")
-    assert base(picture(64, 128), do_resize=False, return_tensors="pt").pixel_values.shape == (1, 3, 64, 128)
+    assert base(new_image(64, 128), do_resize=False, return_tensors="pt").pixel_values.shape == (1, 3, 64, 128)
     assert DeepSeekOCRVisionImageProcessor("deepseek-ocr", size=(1024, 512)).mode is None
 
 
@@ -224,7 +230,7 @@ def test_values_of_another_type_are_refused_by_name(fields):
 
 @pytest.mark.parametrize("mode", list(TOKENS))
 def test_a_mode_has_the_paper_s_number_of_tokens(mode):
-    """Pins the table of the paper, and the released sequence with a mark more for each row and one for the picture."""
+    """Pins the table of the paper, and the released sequence with a token more for each row and one for all."""
     processor = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode=mode)
     side = MODES[mode].size // 64
     assert processor.num_image_tokens(1754, 1240) == TOKENS[mode]
@@ -249,7 +255,7 @@ def models() -> dict[str, DeepSeekOCRVisionModel]:
 
 
 @pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
-def test_the_processor_counts_as_the_model_gives_for_pictures_of_any_size(models, feature_mode):
+def test_the_processor_counts_as_the_model_gives_for_images_of_any_size(models, feature_mode):
     """Pins placeholders in a prompt, one too many or too few of which and a composite refuses the batch."""
     draw = random.Random(1)
     sizes = [(draw.randint(1, 700), draw.randint(1, 700)) for _ in range(40)] + [
@@ -261,7 +267,7 @@ def test_the_processor_counts_as_the_model_gives_for_pictures_of_any_size(models
     for fields in ({}, {"tile_size": 64}, {"tile_size": 128, "max_patches": 3, "size": (64, 192)}):
         processor = DeepSeekOCRVisionImageProcessor("deepseek-ocr", **({"size": 128} | fields))
         tokens = models[feature_mode].encode(
-            [picture(*size) for size in sizes], image_processor=processor, batch_size=11
+            [new_image(*size) for size in sizes], image_processor=processor, batch_size=11
         )
         counts = [processor.num_image_tokens(*size, feature_mode=feature_mode) for size in sizes]
         assert [len(row) for row in tokens] == counts
@@ -271,7 +277,7 @@ def test_the_processor_counts_as_the_model_gives_for_pictures_of_any_size(models
 @pytest.mark.parametrize("mode", list(MODES))
 def test_encode_takes_a_mode_by_its_name(models, mode):
     """Pins the released sizes themselves, and another mode than the image processor's for one call."""
-    page = picture(60, 700)
+    page = new_image(60, 700)
     processor = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode=mode)
     for feature_mode in ("concat", "sequence"):
         (tokens,) = models[feature_mode].encode(page, mode=mode)

@@ -184,10 +184,10 @@ def test_llava_counts_by_the_size_of_the_call(llava, page):
 
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
-    reason="older LlavaProcessor does not compare the number of pictures with that of placeholders; the model does",
+    reason="older LlavaProcessor does not compare the number of images with that of placeholders; the model does",
 )
-def test_llava_refuses_more_or_fewer_pictures_than_placeholders(llava, page):
-    """Every picture after the missing one would be read for the text of another."""
+def test_llava_refuses_more_or_fewer_images_than_placeholders(llava, page):
+    """Every image after the missing one would be read for the text of another."""
     for images, text in (([page, page], "<image> read"), ([page], "<image> <image>"), (None, "<image>")):
         with pytest.raises(ValueError, match="<image>"):
             llava(images=images, text=text)

@@ -57,7 +57,7 @@ def test_every_character_of_a_long_text_is_on_some_page_in_order():
 
 
 def test_what_a_page_says_is_on_it_is_what_is_drawn():
-    """Pins a text beside the picture that is not the picture's, as one to train on would be wrong in silence."""
+    """Pins a text beside the image that is not the image's, as one to train on would be wrong in silence."""
     for page in TextRenderer(**SMALL).pages(TOPIC):
         (alone,) = text_to_pages(page.text, **SMALL)
         assert ink(page.image).any()
@@ -103,7 +103,7 @@ def test_pages_are_what_the_image_processor_reads():
 
 
 def test_pages_are_drawn_one_at_a_time():
-    """Pins a book held in memory as pictures: a million pages are asked for here, and one is drawn."""
+    """Pins a book held in memory as images: a million pages are asked for here, and one is drawn."""
     pages = TextRenderer(**SMALL).pages("a\f" * 1_000_000)
     assert next(iter(pages)).text == "a"
 
