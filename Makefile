@@ -8,13 +8,15 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 VERSIONS := $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint constraints.txt)
 
-.PHONY: help finetune test test-demo test-versions coverage lint types format docs bench constraints clean
+.PHONY: help finetune test test-demo test-official test-versions coverage lint types format docs bench constraints clean
 
 help:
 	@echo "make finetune       teach a small encoder inside LLaVA to read handwriting: outputs/finetune;"
 	@echo "                    interrupted and started again, it goes on where it was"
 	@echo "make test           run the tests"
 	@echo "make test-demo      run the tests of the demo, in headless Chromium if there is one"
+	@echo "make test-official  fetch the official DeepSeek-OCR (6.7 GB), read a page with it, train it ten steps, write it"
+	@echo "                    back and read again; needs a network, 20 GB of disk and of memory"
 	@echo "make test-versions  run the most telling tests with the oldest and the newest versions, each in an"
 	@echo "                    environment of its own; TORCH=tested leaves torch as it is, ARGS=--help says what there is"
 	@echo "make coverage       run the tests and say which lines none of them reaches"
@@ -35,6 +37,9 @@ test: $(VENV)/.dev
 
 test-demo: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest tests/test_app.py $(ARGS)
+
+test-official: $(VENV)/.dev
+	HF_HUB_OFFLINE=0 $(BIN)/python -m pytest tests/test_official.py -k official_checkpoint -s $(ARGS)
 
 test-versions:
 	$(PYTHON) .ci/test_versions.py $(if $(TORCH),--torch $(TORCH)) $(ARGS)

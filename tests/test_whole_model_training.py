@@ -20,7 +20,7 @@ from deepseek_ocr_vision.training import (
 
 
 pytestmark = needs_whole_model
-WORDS = ("seven", "ox", "a tree")
+WORDS = ("seven", "ox")
 STEPS = 3
 
 
@@ -77,7 +77,7 @@ def test_the_load_balancing_loss_is_in_the_gradients_and_not_in_the_number():
     for alpha in (0.0, 0.001, 1.0):
         model.config.aux_loss_alpha = alpha
         model.zero_grad()
-        outputs = model(**batch_of(0, 1, 2))
+        outputs = model(**batch_of(0, 1))
         outputs.loss.backward()
         losses.append(outputs.loss.item())
         gradients.append(model.model.language_model.layers[1].mlp.gate.weight.grad.clone())
@@ -184,7 +184,7 @@ def test_learning_rates_decay_from_the_text_to_the_pixels():
 def test_the_gradient_report_knows_the_groups():
     """Pins the rows of both models."""
     model = tiny_whole_model().train()
-    report = gradient_report(model, model(**batch_of(0, 1, 2)).loss)
+    report = gradient_report(model, model(**batch_of(0, 1)).loss)
     assert not report.problems
     names = [row.name for row in report.rows]
     assert {"sam.patch_embed", "language_model.layers.0"} <= {name.removeprefix("model.") for name in names}
@@ -196,7 +196,7 @@ def test_the_gradient_report_knows_the_groups():
 def test_a_tiny_model_learns_its_pages_by_heart(tmp_path):
     """Pins the whole path, from pages and labels by Trainer to generated text."""
     model = tiny_whole_model()
-    train(model, tmp_path, steps=120, learning_rate=5e-3)
+    train(model, tmp_path, steps=40, learning_rate=5e-3)
     assert read(model) == list(WORDS)
 
 
@@ -212,7 +212,7 @@ def test_lora_learns_the_pages_by_heart(tmp_path):
         modules_to_save=["lm_head", "multi_modal_projector"],
     )
     model = peft.get_peft_model(tiny_whole_model(), config)
-    train(model, tmp_path, steps=150, learning_rate=1e-2)
+    train(model, tmp_path, steps=60, learning_rate=5e-3)
     adapted = {name for name, parameter in model.named_parameters() if "lora_B" in name and parameter.any()}
     for part in ("q_proj", "shared_experts.up_proj", "mlp.experts", "sam_model.blocks.1.attn.qkv", "mlp.fc1"):
         assert any(part in name for name in adapted), part
@@ -239,7 +239,7 @@ def test_bfloat16_trains_close_to_float32():
         model = tiny_whole_model().train()
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if name.endswith("mlp.gate.weight") else dtype)
-        loss = model(**batch_of(0, 1, 2)).loss
+        loss = model(**batch_of(0, 1)).loss
         loss.backward()
         gradients.append((loss.item(), model.model.vision_tower.sam_model.patch_embed.proj.weight.grad.float()))
     (loss, gradient), (rough_loss, rough_gradient) = gradients

@@ -17,6 +17,7 @@ from whole_model import (
     released_whole_tensors,
     tiny_whole_config,
     tiny_whole_model,
+    unlimited_config,
     write_released,
 )
 
@@ -290,18 +291,3 @@ def inputs_of(model) -> dict:
     image = torch.full((2, 7), model.config.image_token_id)
     pixel_values = torch.randn(2, 3, 128, 128, generator=draw)
     return {"input_ids": torch.cat([image, text], dim=1), "pixel_values": pixel_values}
-
-
-def unlimited_config(config):
-    """transformers' own configuration of the same sizes."""
-    from transformers import UnlimitedOcrConfig
-
-    sam = config.vision_config.sam_config.to_dict()
-    clip = config.vision_config.clip_config.to_dict()
-    for stage in (sam, clip):
-        stage.pop("model_type")
-    clip |= {"image_size": 14 * clip["grid_size"], "patch_size": 14}
-    text = config.text_config.to_dict()
-    text |= {"layer_types": None, "sliding_window": 512}
-    vision = {"sam_config": sam, "encoder_config": clip}
-    return UnlimitedOcrConfig(vision_config=vision, text_config=text, image_token_id=config.image_token_id)

@@ -110,6 +110,21 @@ def write_released(folder: Path, model: Any, *, num_shards: int = 3, tensors: di
     return folder
 
 
+def unlimited_config(config: Any) -> Any:
+    """transformers' own configuration of the same sizes, with a window over all tokens."""
+    sam = config.vision_config.sam_config.to_dict()
+    clip = config.vision_config.clip_config.to_dict()
+    for stage in (sam, clip):
+        stage.pop("model_type")
+    clip |= {"image_size": 14 * clip["grid_size"], "patch_size": 14}
+    text = config.text_config.to_dict()
+    text |= {"layer_types": None, "sliding_window": text["max_position_embeddings"]}
+    vision = {"sam_config": sam, "encoder_config": clip}
+    return transformers.UnlimitedOcrConfig(
+        vision_config=vision, text_config=text, image_token_id=config.image_token_id
+    )
+
+
 def golden_whole_model(golden_weights: dict[str, torch.Tensor]) -> Any:
     """The model of WHOLE_MODEL.md around golden weights, of which the encoder's are shared and not to be changed."""
     contents = json.loads((GOLDEN / "whole_model_config.json").read_text())
