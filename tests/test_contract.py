@@ -252,6 +252,7 @@ def test_without_the_package_a_native_class_under_the_old_name_is_not_used(tmp_p
         print("ValueError", error)
         """,
         package_installed=False,
+        HF_MODULES_CACHE=str(tmp_path.parent / "modules"),
     )
     if options:
         assert output.strip() == "DeepSeekOCRVisionModel"
