@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers import ROOT, pixels, run_python, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
-from transformers.dynamic_module_utils import get_imports
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor
 from deepseek_ocr_vision.saving.code import FLAT_CODE, flatten, stage_code
@@ -106,6 +107,15 @@ def test_the_staged_code_imports_what_a_hub_user_has_and_nothing_of_another_fold
         assert needed <= allowed | sys.stdlib_module_names, path.name
         # What needs the package stands in a `try`, which transformers passes over when it asks what a user lacks.
         assert "deepseek_ocr_vision" not in get_imports(path), path.name
+
+
+@pytest.mark.parametrize("entry", ["configuration", "modeling", "image_processing", "processing"])
+def test_what_an_auto_class_loads_names_every_file_that_it_travels_with(tmp_path, entry):
+    """Pins transformers 5.0, which takes along the files that the loaded one names, and not those that these name."""
+    stage_code(tmp_path)
+    named = get_relative_imports(tmp_path / f"{entry}_deepseek_ocr_vision.py")
+    needed = {Path(file).stem for file in get_relative_import_files(tmp_path / f"{entry}_deepseek_ocr_vision.py")}
+    assert needed - {f"{entry}_deepseek_ocr_vision"} <= set(named)
 
 
 def test_only_imports_across_folders_are_rewritten():
