@@ -10,29 +10,29 @@ column j of the same window,
     logit = scaling * q . k + q . R_h[h - i] + q . R_w[w - j]
 
 where R_h and R_w are learned tables of 2n - 1 rows each, and the query in the last two terms is *not* scaled. For the
-whole page that bias has 12 x 4096 x 4096 entries, 0.8 GB in float32. It can be computed in three ways, exactly the
-same but for rounding:
+whole page that bias has 12 x 4096 x 4096 entries, 0.8 GB in float32. It can be computed in three ways, which differ
+by rounding only:
 
-- `"blockwise"`: for some queries of some heads at a time, so that logits live in the processor's cache and nowhere
-  else. The backward pass computes them again, as in FlashAttention (arXiv 2205.14135), so that nothing but the fused
-  projection and the output is kept for it.
+- `"blockwise"`: for some queries of some heads at a time, so that logits stay in the processor's cache. The backward
+  pass computes them again, as in FlashAttention (arXiv 2205.14135), and keeps only the fused projection and the output
+  for it. Where the processor has no products in half precision, the blocks are computed in float32.
 - `"sdpa_folded"`: with rel_h = q . R_h and rel_w = q . R_w, and with one-hot vectors for a key's row and column, the
   logit is a plain dot product, [scaling * q, rel_h, rel_w] . [k, onehot(i), onehot(j)], which flash kernels take.
 - `"sdpa_masked"`: the bias as a tensor, handed to SDPA as its mask.
 
-`"sdpa"` is the first of them on a CPU, the second on a GPU, and the third where a graph is compiled or exported, in
-which loops over blocks would be unrolled. `"eager"` and functions registered with transformers' `AttentionInterface`
-get the bias as a tensor too. The CLIP stage has no bias; there all three names mean SDPA.
+`"sdpa"` is the first of them on a CPU, the second on a GPU, and the third where a graph is compiled, exported or
+traced, in which loops over blocks would be unrolled. `"eager"` and functions registered with transformers'
+`AttentionInterface` get the bias as a tensor too. The CLIP stage has no bias; there all three names mean SDPA.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -49,10 +49,42 @@ COPY_BYTES = 6 << 20
 all twelve the peak of a step with gradient checkpointing was 0.13 GB higher. The forward pass copies all: with two at
 a time four pages took 20.6 s in place of 18.3 s, for memory that glibc gave back and got again."""
 
+# What a processor has to have, by the names of `torch.cpu.get_capabilities()`, to multiply in half precision.
+_HALF_PRODUCTS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+_EAGER_ONLY = (
+    "PyTorch's fused attention can be differentiated once, and not in forward mode. For second derivatives and "
+    "`torch.func.jvp` use `model.set_attn_implementation('eager')`."
+)
+
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype for steps that lose too much in half precision: float32, or float64 if that is what comes in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def is_recording() -> bool:
+    """Whether the operations go into a graph: by `torch.compile`, `torch.export`, or by tracing, for ONNX too."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def block_dtype(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> torch.dtype:
+    """The dtype in which a CPU computes blocks of attention fastest: float32 in place of a half precision that it
+    would have to emulate, which takes four times as long.
+
+    Args:
+        dtype: That of the weights.
+        capabilities: What `torch.cpu.get_capabilities()` says. Where it says nothing, the dtype stays.
+    """
+    is_emulated = capabilities.get("architecture") == "x86_64" and not any(
+        capabilities.get(name) for name in _HALF_PRODUCTS.get(dtype, ())
+    )
+    return at_least_float32(dtype) if is_emulated else dtype
+
+
+def _cpu_capabilities() -> Mapping[str, Any]:
+    """What the processor can do; nothing in versions of PyTorch that do not tell."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def eager_attention(
@@ -63,7 +95,7 @@ def eager_attention(
     attention_mask: torch.Tensor | None,  # [B, A, N, N], added to the logits
     *,
     scaling: float,
-    **_,
+    **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in plain steps, which also gives its weights: ([B, N, A, D], [B, A, N, N])."""
     logits = (query * scaling) @ key.transpose(-2, -1)  # [B, A, N, N]
@@ -71,6 +103,30 @@ def eager_attention(
         logits = logits + attention_mask
     weights = F.softmax(logits, dim=-1, dtype=at_least_float32(query.dtype)).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """The identity. It refuses what PyTorch cannot do with its fused kernels, and says what to use instead."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: torch.Tensor, is_gradient: bool) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, bool], output: torch.Tensor) -> None:
+        ctx.is_gradient = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if ctx.is_gradient:
+            raise NotImplementedError(_EAGER_ONLY)
+        return _DifferentiableOnce.apply(gradient, True), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError(_EAGER_ONLY)
 
 
 def sdpa_attention(
@@ -81,12 +137,19 @@ def sdpa_attention(
     attention_mask: torch.Tensor | None,  # [B, A, N, N], added to the logits
     *,
     scaling: float,
-    **_,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention by `torch.nn.functional.scaled_dot_product_attention`, without its weights: ([B, N, A, D], None)."""
     if query.shape[0] == 0:
         # PyTorch's gives the mask no gradient then, not even an empty one, and DDP would wait for it.
         return eager_attention(module, query, key, value, attention_mask, scaling=scaling)[0], None
+    if (
+        attention_mask is None
+        and torch.is_grad_enabled()
+        and not is_recording()
+        and torch.backends.cuda.flash_sdp_enabled()
+    ):
+        query, key, value = (_DifferentiableOnce.apply(part, False) for part in (query, key, value))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return output.transpose(1, 2), None
 
@@ -145,95 +208,25 @@ def relative_positions(table: torch.Tensor, size: int) -> torch.Tensor:
     return table[positions[:, None] - positions[None, :] + size - 1]
 
 
-def window_partition(grid: torch.Tensor, window: tuple[int, int], padding: torch.Tensor | None) -> torch.Tensor:
-    """Cut a grid into windows, padded at the bottom and the right where it does not divide.
-
-    Args:
-        grid: [B, H, W, C].
-        window: (S, T).
-        padding: [C], what the padding is filled with; not needed where the grid divides.
-
-    Returns:
-        [B x windows, S, T, C], row-major over the windows of each picture.
-    """
-    batch_size, height, width, channels = grid.shape
-    rows, columns = -(-height // window[0]), -(-width // window[1])
-    if padding is not None:
-        grid = F.pad(grid, (0, 0, 0, columns * window[1] - width, 0, rows * window[0] - height))
-        grid[:, height:] = padding
-        grid[:, :, width:] = padding
-    windows = grid.view(batch_size, rows, window[0], columns, window[1], channels).transpose(2, 3)
-    return windows.reshape(batch_size * rows * columns, *window, channels)
-
-
-def window_unpartition(windows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Undo `window_partition`: put the windows back together and cut the padding off.
-
-    Args:
-        windows: [B x windows, S, T, C].
-        grid: (H, W) before the partition.
-
-    Returns:
-        [B, H, W, C].
-    """
-    num_windows, *window, channels = windows.shape
-    height, width = grid
-    rows, columns = -(-height // window[0]), -(-width // window[1])
-    batch_size = num_windows // (rows * columns)
-    windows = windows.view(batch_size, rows, columns, *window, channels).transpose(2, 3)
-    grid = windows.reshape(batch_size, rows * window[0], columns * window[1], channels)
-    return grid[:, :height, :width]
-
-
 def relative_position_terms(
-    query: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor
+    query: torch.Tensor,  # [..., s, t, D], not scaled; fewer rows or columns than a window has are its first ones
+    table_h: torch.Tensor,  # [S, S, D], as `relative_positions` gives it for the rows
+    table_w: torch.Tensor,  # [T, T, D], for the columns
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the rows and the columns of the keys add to the logits.
-
-    Args:
-        query: [..., S, T, D], not scaled; fewer rows or columns than a window has are its first ones.
-        table_h: [S, S, D], as `relative_positions` gives it for the rows.
-        table_w: [T, T, D], for the columns.
-
-    Returns:
-        rel_h, [..., S, T, S], and rel_w, [..., S, T, T].
-    """
+    """What rows and columns of the keys add to the logits: rel_h, [..., s, t, S], and rel_w, [..., s, t, T]."""
     rows, columns = query.shape[-3:-1]
     rel_h = torch.einsum("...std,sid->...sti", query, table_h[:rows])
     rel_w = torch.einsum("...std,tjd->...stj", query, table_w[:columns])
     return rel_h, rel_w
 
 
-def _masked_attention(
-    attend: Callable,
-    module: nn.Module,
-    query: torch.Tensor,  # [B, A, N, D]
-    key: torch.Tensor,  # [B, A, N, D]
-    value: torch.Tensor,  # [B, A, N, D]
-    rel_h: torch.Tensor,  # [B, A, S, T, S]
-    rel_w: torch.Tensor,  # [B, A, S, T, T]
-) -> torch.Tensor:  # [B, N, A, D]
-    """Attention with the bias as a tensor [B, A, N, N]."""
-    # Both are small; contiguous, they make their large sum contiguous as well, so that the view below copies nothing.
-    bias = rel_h.contiguous()[..., :, None] + rel_w.contiguous()[..., None, :]  # [B, A, S, T, S, T]
-    bias = bias.view(*query.shape[:3], key.shape[2])
-    return attend(module, query, key, value, bias, scaling=module.scaling, is_causal=False)[0]
-
-
 def fold_bias(
-    query: torch.Tensor, key: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fold relative positions into the width of a head, so that a logit is a plain dot product.
-
-    Args:
-        query: [..., s, t, D], scaled.
-        key: [..., N, D], of S x T tokens.
-        rel_h: [..., s, t, S], of the query before it was scaled.
-        rel_w: [..., s, t, T].
-
-    Returns:
-        Query, [..., s, t, D + S + T], and key, [..., N, D + S + T].
-    """
+    query: torch.Tensor,  # [..., s, t, D], scaled
+    key: torch.Tensor,  # [..., N, D], of S x T tokens
+    rel_h: torch.Tensor,  # [..., s, t, S], of the query before it was scaled
+    rel_w: torch.Tensor,  # [..., s, t, T]
+) -> tuple[torch.Tensor, torch.Tensor]:  # [..., s, t, D + S + T], [..., N, D + S + T]
+    """Fold relative positions into the width of a head, so that a logit is a plain dot product."""
     height, width = rel_h.shape[-1], rel_w.shape[-1]
     rows = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, dim=0)  # [N, S]
     columns = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)  # [N, T]
@@ -241,74 +234,107 @@ def fold_bias(
     return torch.cat([query, rel_h, rel_w], dim=-1), torch.cat([key, place], dim=-1)
 
 
-def _folded_attention(
-    module: nn.Module,
-    query: torch.Tensor,  # [B, A, N, D]
-    key: torch.Tensor,  # [B, A, N, D]
-    value: torch.Tensor,  # [B, A, N, D]
-    rel_h: torch.Tensor,  # [B, A, S, T, S]
-    rel_w: torch.Tensor,  # [B, A, S, T, T]
-) -> torch.Tensor:  # [B, N, A, D]
-    """Attention with the bias folded into the width of a head."""
-    head_dim = value.shape[-1]
-    query = (query * module.scaling).unflatten(2, rel_h.shape[2:4])
-    query, key = fold_bias(query, key, rel_h, rel_w)
-    # Flash kernels ask for values as wide as keys.
-    value = F.pad(value, (0, key.shape[-1] - head_dim))
-    return sdpa_attention(module, query.flatten(2, 3), key, value, None, scaling=1.0)[0][..., :head_dim]
+# All windows at once, in steps that autograd, compilers and `torch.func` know.
+
+
+def window_partition(
+    grid: torch.Tensor,  # [B, H, W, C]
+    window: tuple[int, int],  # (S, T)
+    padding: torch.Tensor | None,  # [C], not needed where windows divide the grid
+) -> torch.Tensor:  # [B x windows, S, T, C]
+    """Cut a grid into windows, row by row, and fill them up at the bottom and the right."""
+    batch_size, height, width, channels = grid.shape
+    rows, columns = (_num_windows(length, side) for length, side in zip((height, width), window, strict=True))
+    if padding is not None:
+        below = padding.expand(batch_size, rows * window[0] - height, width, channels)
+        beside = padding.expand(batch_size, rows * window[0], columns * window[1] - width, channels)
+        grid = torch.cat([torch.cat([grid, below], dim=1), beside], dim=2)
+    windows = grid.view(batch_size, rows, window[0], columns, window[1], channels).transpose(2, 3)
+    return windows.reshape(batch_size * rows * columns, *window, channels)
+
+
+def window_unpartition(
+    windows: torch.Tensor,  # [B x windows, S, T, C]
+    grid: tuple[int, int],  # (H, W)
+) -> torch.Tensor:  # [B, H, W, C]
+    """Undo `window_partition`: put the windows back together and cut the padding off."""
+    num_windows, *window, channels = windows.shape
+    height, width = grid
+    rows, columns = (_num_windows(length, side) for length, side in zip(grid, window, strict=True))
+    batch_size = num_windows // (rows * columns)
+    windows = windows.view(batch_size, rows, columns, *window, channels).transpose(2, 3)
+    grid_of_windows = windows.reshape(batch_size, rows * window[0], columns * window[1], channels)
+    return grid_of_windows[:, :height, :width]
+
+
+def _num_windows(length: int, side: int) -> int:
+    """Of an axis, rounded up without negative numbers, as ONNX divides these in another way than Python."""
+    return (length + side - 1) // side
+
+
+def _split_padding(qkv: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A projection [B x H x W (+ 1), ...] as the grid's, [B, H, W, ...], and that of padding, [...], if any."""
+    num_tokens = shape[0] * shape[1] * shape[2]
+    if len(qkv) == num_tokens:
+        return qkv.unflatten(0, shape), None
+    tokens, padding = qkv.split([num_tokens, 1])
+    return tokens.unflatten(0, shape), padding[0]
 
 
 def _windowed_attention(
     name: str,
-    module: nn.Module,
-    qkv: torch.Tensor,  # [B, H, W, 3C]
-    padding: torch.Tensor | None,  # [3C]
+    module: "SamAttention",
+    shape: tuple[int, int, int],  # (B, H, W)
+    qkv: torch.Tensor,  # [B x H x W (+ 1), 3C]
     table_h: torch.Tensor,  # [S, S, D]
     table_w: torch.Tensor,  # [T, T, D]
 ) -> torch.Tensor:  # [B, H, W, C]
     """Attention over all windows at once, by any implementation but the blockwise one."""
-    window, grid = (table_h.shape[0], table_w.shape[0]), qkv.shape[1:3]
-    windows = window_partition(qkv, window, padding)  # [B x windows, S, T, 3C]
+    window = (table_h.shape[0], table_w.shape[0])
+    grid, padding = _split_padding(qkv, shape)
+    windows = window_partition(grid, window, padding)  # [B x windows, S, T, 3C]
     query, key, value = split_heads(windows, module.num_heads)  # each [B x windows, A, N, D]
     rel_h, rel_w = relative_position_terms(query.unflatten(2, window), table_h, table_w)
     if name == "sdpa_folded":
-        output = _folded_attention(module, query, key, value, rel_h, rel_w)
+        query = (query * module.scaling).unflatten(2, window)
+        query, key = fold_bias(query, key, rel_h, rel_w)
+        # Flash kernels ask for values as wide as keys.
+        wide_value = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
+        output = sdpa_attention(module, query.flatten(2, 3), key, wide_value, None, scaling=1.0)[0]
+        output = output[..., : value.shape[-1]]
     else:
-        output = _masked_attention(attention_function(name), module, query, key, value, rel_h, rel_w)
-    return window_unpartition(output.flatten(2).unflatten(1, window), grid)
+        # Both are small; contiguous, they make their large sum contiguous as well, so that the view copies nothing.
+        bias = rel_h.contiguous()[..., :, None] + rel_w.contiguous()[..., None, :]  # [B x windows, A, S, T, S, T]
+        bias = bias.view(*query.shape[:3], key.shape[2])
+        attend = attention_function(name)
+        output = attend(module, query, key, value, bias, scaling=module.scaling, is_causal=False)[0]
+    return window_unpartition(output.flatten(2).unflatten(1, window), shape[1:])
+
+
+# Block by block, with a backward pass of its own.
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """Windows of one picture side by side, all with as much padding, as the blockwise attention sees them.
+    """Windows of one image side by side, all with as much padding, as the blockwise attention sees them.
 
     Letters: s and t rows and columns of a window that are not padding, G the covered heads of all windows.
-
-    Attributes:
-        place: Rows, columns and heads of the grid that they cover.
-        shape: (windows below each other, windows beside each other, heads, s, t, D).
-        query: [G, s, t, D], only of tokens that are not padding; nobody looks at the others' output.
-        key: [G, N, D], of all S x T tokens.
-        value: [G, N, D].
-        rel_h: [G, s, t, S].
-        rel_w: [G, s, t, T].
-        folded: In half precision, query and key with the bias folded in: on two cores with AMX the logits of a global
-            block take 32 ms so, and 56 ms with the bias added first; in float32 234 and 103 ms. And what is not added
-            is not rounded.
     """
 
-    place: tuple[slice, slice, slice]
-    shape: tuple[int, ...]
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    rel_h: torch.Tensor
-    rel_w: torch.Tensor
+    place: tuple[slice, slice, slice]  # rows, columns and heads of the grid that they cover
+    shape: tuple[int, ...]  # (windows below each other, windows beside each other, heads, s, t, D)
+    query: torch.Tensor  # [G, s, t, D], only of tokens that are not padding; nobody looks at the others' output
+    key: torch.Tensor  # [G, N, D], of all S x T tokens
+    value: torch.Tensor  # [G, N, D]
+    rel_h: torch.Tensor  # [G, s, t, S]
+    rel_w: torch.Tensor  # [G, s, t, T]
+    # In half precision, query and key with the bias folded in: on two cores with AMX the logits of a global block take
+    # 32 ms so, and 56 ms with the bias added first; in float32 234 and 103 ms. And what is not added is not rounded.
     folded: tuple[torch.Tensor, torch.Tensor] | None
 
-    def gathered(self, grid: torch.Tensor) -> torch.Tensor:
+    def gather(self, grid: torch.Tensor) -> torch.Tensor:
         """These windows of a grid [H, W, A, D] as [G, s, t, D]."""
-        return self._by_window(grid).reshape(self.query.shape)
+        return _copy(self._by_window(grid), self.query.dtype).view(self.query.shape)
 
     def scatter(self, values: torch.Tensor, grid: torch.Tensor) -> None:
         """Put [G, s, t, D] into its place in a grid [H, W, A, D]."""
@@ -325,9 +351,7 @@ class _Windows:
         row_bytes = num_columns * self.key.shape[1] * self.key.element_size()
         rows = max(1, min(num_rows, BLOCK_BYTES // (2 * row_bytes)))
         heads = max(1, min(num_heads, BLOCK_BYTES // (rows * row_bytes)))
-        for head in range(0, num_heads, heads):
-            for row in range(0, num_rows, rows):
-                yield slice(head, min(head + heads, num_heads)), slice(row, min(row + rows, num_rows))
+        return product(_steps(num_heads, heads), _steps(num_rows, rows))
 
     def weights(self, heads: slice, rows: slice, scratch: torch.Tensor) -> torch.Tensor:
         """The attention weights of a block, [g, n, N], in a scratch tensor, in which its logits are made before."""
@@ -343,10 +367,20 @@ class _Windows:
         return torch.softmax(logits, dim=-1, out=logits)
 
 
+def _copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous copy in a dtype, in one pass."""
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
+
+
 def _shaped(scratch: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The beginning of a scratch tensor in a shape; the tensor grows if it does not suffice."""
     size = torch.Size(shape).numel()
     return scratch.resize_(max(scratch.numel(), size))[:size].view(shape)
+
+
+def _steps(length: int, step: int) -> list[slice]:
+    """An axis in pieces of a length, the last one shorter."""
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def _cuts(length: int, side: int) -> Iterator[tuple[slice, int, int]]:
@@ -358,91 +392,145 @@ def _cuts(length: int, side: int) -> Iterator[tuple[slice, int, int]]:
         yield slice(whole * side, length), 1, length % side
 
 
-def _heads_to_copy(qkv: torch.Tensor, copy_bytes: int) -> Iterator[slice]:
-    """Heads of a projection [H, W, 3, A, D] whose queries, keys and values are copied at once."""
-    num_heads = qkv.shape[3]
-    heads = max(1, copy_bytes * num_heads // qkv.nbytes)
-    for head in range(0, num_heads, heads):
-        yield slice(head, min(head + heads, num_heads))
-
-
 def _windows(
-    qkv: torch.Tensor,  # [H, W, 3, A, D]
-    padding: torch.Tensor | None,  # [3C]
-    table_h: torch.Tensor,  # [S, S, D]
+    grid: torch.Tensor,  # [H, W, 3, A, D]
+    padding: torch.Tensor | None,  # [3, A, D]
+    table_h: torch.Tensor,  # [S, S, D], in the dtype to compute in
     table_w: torch.Tensor,  # [T, T, D]
     *,
-    copy_bytes: int,
+    copy_bytes: float,
 ) -> Iterator[_Windows]:
-    """The windows of one picture, some heads at a time: those without padding, at its edges, in the corner."""
-    height, width, *_ = qkv.shape
-    window = (table_h.shape[0], table_w.shape[0])
-    cuts = product(_heads_to_copy(qkv, copy_bytes), _cuts(height, window[0]), _cuts(width, window[1]))
+    """The windows of one image, some heads at a time: those without padding, at its edges, in the corner."""
+    height, width, _, num_heads, head_dim = grid.shape
+    window, dtype = (table_h.shape[0], table_w.shape[0]), table_h.dtype
+    heads_at_once = max(1, int(min(num_heads, copy_bytes * num_heads // (grid.numel() * dtype.itemsize))))
+    cuts = product(_steps(num_heads, heads_at_once), _cuts(height, window[0]), _cuts(width, window[1]))
     for heads, (rows, down, num_rows), (columns, across, num_columns) in cuts:
-        real = qkv[rows, columns, :, heads].unflatten(1, (across, num_columns)).unflatten(0, (down, num_rows))
+        real = grid[rows, columns, :, heads].unflatten(1, (across, num_columns)).unflatten(0, (down, num_rows))
         whole = real  # [windows below, S, windows beside, T, 3, A, D]
-        if (num_rows, num_columns) != window:
-            parts = padding.view(qkv.shape[2:])[:, heads]  # [3, A, D]
-            whole = parts.repeat(down, window[0], across, window[1], 1, 1, 1)
+        if padding is not None and (num_rows, num_columns) != window:
+            whole = padding[:, heads].repeat(down, window[0], across, window[1], 1, 1, 1)
             whole[:, :num_rows, :, :num_columns] = real
         # One copy here, or the matrix products of every block would make their own.
-        query = real[:, :, :, :, 0].permute(0, 2, 4, 1, 3, 5).contiguous()
-        key, value = whole[:, :, :, :, 1:].permute(4, 0, 2, 5, 1, 3, 6).contiguous().flatten(1, 3).flatten(2, 3)
+        query = _copy(real[:, :, :, :, 0].permute(0, 2, 4, 1, 3, 5), dtype)
+        key, value = _copy(whole[:, :, :, :, 1:].permute(4, 0, 2, 5, 1, 3, 6), dtype).flatten(1, 3).flatten(2, 3)
         shape, query = query.shape, query.flatten(0, 2)
         rel_h, rel_w = relative_position_terms(query, table_h, table_w)
-        folded = None
-        if qkv.dtype.itemsize < 4:
-            folded = fold_bias(query * query.shape[-1] ** -0.5, key, rel_h, rel_w)
+        folded = fold_bias(query * head_dim**-0.5, key, rel_h, rel_w) if dtype.itemsize < 4 else None
         yield _Windows((rows, columns, heads), tuple(shape), query, key, value, rel_h, rel_w, folded)
 
 
 class _BlockwiseAttention(torch.autograd.Function):
     """Attention within windows of a grid, with relative positions, block by block; see the top of this file.
 
-    Inputs: qkv [B, H, W, 3, A, D], of the tokens of the grid; padding [3C], that of the tokens that fill up the
-    windows at the bottom and the right, or `None` if there are none; table_h [S, S, D] and table_w [T, T, D], as
-    `relative_positions` gives them for a window of S x T. Output: [B, H, W, A, D].
+    Inputs as `_windowed_attention` has them, module and shape last. That function, in plain steps, also gives what
+    has no blocks of its own: derivatives of the backward pass, forward-mode derivatives, and `torch.func.vmap`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: torch.Tensor, padding: torch.Tensor | None, table_h: torch.Tensor, table_w: torch.Tensor
+        qkv: torch.Tensor,
+        table_h: torch.Tensor,
+        table_w: torch.Tensor,
+        module: "SamAttention",
+        shape: tuple[int, int, int],
     ) -> torch.Tensor:
-        output = torch.empty_like(qkv[:, :, :, 0], memory_format=torch.contiguous_format)
-        scratch = qkv.new_empty(0)
-        for picture, picture_output in zip(qkv, output, strict=True):
-            for windows in _windows(picture, padding, table_h, table_w, copy_bytes=picture.nbytes):
+        grid, padding, tables = _prepare(qkv, table_h, table_w, module, shape)
+        output = qkv.new_empty(*shape, qkv.shape[-1] // 3)  # [B, H, W, C]
+        scratch = tables[0].new_empty(0)
+        for image, image_output in zip(grid, output.unflatten(-1, grid.shape[-2:]), strict=True):
+            for windows in _windows(image, padding, *tables, copy_bytes=float("inf")):
                 attended = torch.empty_like(windows.query)
                 for heads, rows in windows.blocks():
                     block = windows.weights(heads, rows, scratch) @ windows.value[heads]
                     attended[heads, rows] = block.view(attended[heads, rows].shape)
-                windows.scatter(attended, picture_output)
-        ctx.save_for_backward(qkv, padding, table_h, table_w, output)
+                windows.scatter(attended, image_output)
         return output
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        *tensors, ctx.module, ctx.shape = inputs
+        ctx.save_for_backward(*tensors, output)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        qkv, padding, table_h, table_w, output = ctx.saved_tensors
-        grad_qkv = torch.empty_like(qkv)
-        # These are sums over many windows and blocks.
-        dtype = at_least_float32(qkv.dtype)
-        sums = [None if part is None else torch.zeros_like(part, dtype=dtype) for part in (padding, table_h, table_w)]
-        scratch = qkv.new_empty(0), qkv.new_empty(0)
-        for index, picture in enumerate(qkv):
-            for windows in _windows(picture, padding, table_h, table_w, copy_bytes=COPY_BYTES):
-                grad = windows.gathered(grad_output[index])  # [G, s, t, D]
-                delta = (grad * windows.gathered(output[index])).sum(-1, keepdim=True)  # [G, s, t, 1]
-                grad_query, *grads, grad_rel_h, grad_rel_w = _window_gradients(windows, grad, delta, scratch)
-                grad_query += torch.einsum("gsti,sid->gstd", grad_rel_h, table_h[: grad_rel_h.shape[1]])
-                grad_query += torch.einsum("gstj,tjd->gstd", grad_rel_w, table_w[: grad_rel_w.shape[2]])
-                sums[1][: grad_rel_h.shape[1]] += torch.einsum("gsti,gstd->sid", grad_rel_h, windows.query)
-                sums[2][: grad_rel_w.shape[2]] += torch.einsum("gstj,gstd->tjd", grad_rel_w, windows.query)
-                windows.scatter(grad_query, grad_qkv[index, :, :, 0])
-                for part, grad_part in enumerate(grads, start=1):
-                    real = _without_padding(grad_part, windows, sums[0], part)
-                    windows.scatter(real, grad_qkv[index, :, :, part])
-        return grad_qkv, *(None if part is None else part.to(qkv.dtype) for part in sums)
+        qkv, table_h, table_w, output = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Somebody wants to differentiate what comes out here.
+            plain = partial(_windowed_attention, "eager", ctx.module, ctx.shape)
+            gradients = torch.func.vjp(plain, qkv, table_h, table_w)[1](grad_output)
+        else:
+            gradients = _blockwise_gradients(qkv, table_h, table_w, ctx.module, ctx.shape, output, grad_output)
+        return *gradients, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        plain = partial(_windowed_attention, "eager", ctx.module, ctx.shape)
+        pulled_back = torch.func.vjp(plain, *ctx.saved_tensors)
+        filled = [
+            torch.zeros_like(part) if tangent is None else tangent
+            for part, tangent in zip(ctx.saved_tensors, tangents, strict=False)
+        ]
+        # The derivative forward is the transpose of that backward; `torch.func.jvp` must not be nested.
+        return torch.func.vjp(pulled_back[1], torch.zeros_like(pulled_back[0]))[1](tuple(filled))[0].contiguous()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[torch.Tensor, int]:
+        *tensors, module, shape = inputs
+        plain = partial(_windowed_attention, "eager", module, shape)
+        return torch.func.vmap(plain, in_dims[:3])(*tensors), 0
+
+
+def _prepare(
+    qkv: torch.Tensor,
+    table_h: torch.Tensor,
+    table_w: torch.Tensor,
+    module: "SamAttention",
+    shape: tuple[int, int, int],
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
+    """Grid [B, H, W, 3, A, D], padding [3, A, D], and the tables in the dtype to compute in."""
+    grid, padding = _split_padding(qkv.unflatten(-1, (3, module.num_heads, -1)), shape)
+    dtype = block_dtype(qkv.dtype, _cpu_capabilities()) if qkv.device.type == "cpu" else qkv.dtype
+    return grid, padding, (table_h.to(dtype), table_w.to(dtype))
+
+
+def _blockwise_gradients(
+    qkv: torch.Tensor,
+    table_h: torch.Tensor,
+    table_w: torch.Tensor,
+    module: "SamAttention",
+    shape: tuple[int, int, int],
+    output: torch.Tensor,  # [B, H, W, C]
+    grad_output: torch.Tensor,  # [B, H, W, C]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the projection and of both tables."""
+    grid, padding, tables = _prepare(qkv, table_h, table_w, module, shape)
+    grad_qkv = torch.empty_like(qkv)
+    grad_grid, grad_padding = _prepare(grad_qkv, table_h, table_w, module, shape)[:2]
+    # These are sums over many windows and blocks.
+    dtype = at_least_float32(qkv.dtype)
+    grad_h, grad_w = (torch.zeros_like(table, dtype=dtype) for table in tables)
+    padded = None if padding is None else torch.zeros_like(padding, dtype=dtype)
+    output, grad_output = (part.unflatten(-1, grid.shape[-2:]) for part in (output, grad_output))
+    scratch = tables[0].new_empty(0), tables[0].new_empty(0)
+    for index, image in enumerate(grid):
+        for windows in _windows(image, padding, *tables, copy_bytes=COPY_BYTES):
+            grad = windows.gather(grad_output[index])  # [G, s, t, D]
+            delta = (grad * windows.gather(output[index])).sum(-1, keepdim=True)  # [G, s, t, 1]
+            grad_query, *grads, grad_rel_h, grad_rel_w = _window_gradients(windows, grad, delta, scratch)
+            rows, columns = windows.query.shape[1:3]
+            grad_query += torch.einsum("gsti,sid->gstd", grad_rel_h, tables[0][:rows])
+            grad_query += torch.einsum("gstj,tjd->gstd", grad_rel_w, tables[1][:columns])
+            grad_h[:rows] += torch.einsum("gsti,gstd->sid", grad_rel_h, windows.query)
+            grad_w[:columns] += torch.einsum("gstj,gstd->tjd", grad_rel_w, windows.query)
+            windows.scatter(grad_query, grad_grid[index, :, :, 0])
+            for part, grad_part in enumerate(grads, start=1):
+                real = _without_padding(grad_part, windows, None if padded is None else padded[part])
+                windows.scatter(real, grad_grid[index, :, :, part])
+    if grad_padding is not None and padded is not None:
+        grad_padding.copy_(padded)
+    return grad_qkv, grad_h.to(table_h.dtype), grad_w.to(table_w.dtype)
 
 
 def _window_gradients(
@@ -475,38 +563,24 @@ def _window_gradients(
 def _without_padding(
     grad: torch.Tensor,  # [G, N, D]
     windows: _Windows,
-    grad_padding: torch.Tensor | None,  # [3C], added to
-    part: int,
+    padded: torch.Tensor | None,  # [A, D], added to
 ) -> torch.Tensor:  # [G, s, t, D]
     """A key's or a value's gradient for the tokens of the grid; what belongs to padded ones is added up elsewhere."""
     down, across, num_heads, rows, columns, head_dim = windows.shape
     grad = grad.unflatten(1, (windows.rel_h.shape[-1], windows.rel_w.shape[-1]))  # [G, S, T, D]
     real = grad[:, :rows, :columns]
-    if real.shape != grad.shape:
-        padded = grad.sum((1, 2)) - real.sum((1, 2))  # [G, D]
+    if padded is not None and real.shape != grad.shape:
         *_, covered = windows.place
-        grad_padding.view(3, -1, head_dim)[part, covered] += padded.view(down * across, num_heads, head_dim).sum(0)
+        sums = grad.sum((1, 2)) - real.sum((1, 2))  # [G, D]
+        padded[covered] += sums.view(down * across, num_heads, head_dim).sum(0)
     return real
-
-
-def _blockwise_attention(
-    module: nn.Module,
-    qkv: torch.Tensor,  # [B, H, W, 3C]
-    padding: torch.Tensor | None,  # [3C]
-    table_h: torch.Tensor,  # [S, S, D]
-    table_w: torch.Tensor,  # [T, T, D]
-) -> torch.Tensor:  # [B, H, W, C]
-    heads = qkv.unflatten(-1, (3, module.num_heads, -1))  # [B, H, W, 3, A, D]
-    # Everything has one dtype by now, which autocast would change for some steps and not for others.
-    with torch.autocast(qkv.device.type, enabled=False):
-        return _BlockwiseAttention.apply(heads, padding, table_h, table_w).flatten(3)
 
 
 def _formulation(name: str, device: torch.device) -> str:
     """What `"sdpa"` means for attention with relative positions."""
     if name != "sdpa":
         return name
-    if torch.compiler.is_compiling() or device.type == "meta":
+    if is_recording() or device.type == "meta":
         return "sdpa_masked"
     return "blockwise" if device.type == "cpu" else "sdpa_folded"
 
@@ -534,21 +608,24 @@ class SamAttention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_size - 1, head_dim))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, H, W, C] -> [B, H, W, C]
-        _, height, width, channels = hidden_states.shape
+        batch_size, height, width, channels = hidden_states.shape
         window = (self.window_size or height, self.window_size or width)
-        qkv = self.qkv(hidden_states)  # [B, H, W, 3C]
-        padding = None
+        tokens = hidden_states.flatten(0, 2)  # [B x H x W, C]
         if height % window[0] or width % window[1]:
-            # Windows at the edge are filled up with zeros, and no mask hides them: they take part as keys and values
-            # that equal the bias. The released weights were trained so.
-            padding = self.qkv(hidden_states.new_zeros(channels))  # [3C]
+            # Windows at the edge are filled up with zeros, and no mask hides them: they take part as keys and values.
+            # The released weights were trained so. One row of zeros at the end stands for all of them.
+            tokens = torch.cat([tokens, tokens.new_zeros(1, channels)])
+        qkv = self.qkv(tokens)  # [B x H x W (+ 1), 3C]
         table_h = relative_positions(self.rel_pos_h, window[0]).to(qkv.dtype)  # [S, S, D]
         table_w = relative_positions(self.rel_pos_w, window[1]).to(qkv.dtype)  # [T, T, D]
+        shape = (batch_size, height, width)
         name = _formulation(self.config._attn_implementation, qkv.device)
         if name == "blockwise":
-            output = _blockwise_attention(self, qkv, padding, table_h, table_w)
+            # Everything has one dtype by now, which autocast would change for some steps and not for others.
+            with torch.autocast(qkv.device.type, enabled=False):
+                output = _BlockwiseAttention.apply(qkv, table_h, table_w, self, shape)
         else:
-            output = _windowed_attention(name, self, qkv, padding, table_h, table_w)
+            output = _windowed_attention(name, self, shape, qkv, table_h, table_w)
         return self.proj(output)  # [B, H, W, C]
 
 
@@ -565,7 +642,7 @@ class ClipAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(  # [B, N, C] -> [B, N, C], [B, A, N, N]
-        self, hidden_states: torch.Tensor, output_attentions: bool
+        self, hidden_states: torch.Tensor, *, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = split_heads(self.qkv_proj(hidden_states), self.num_heads)  # each [B, A, N, D]
         # Only the eager function makes the weights, so it serves whoever asks for them.

@@ -1,20 +1,18 @@
-"""What the whole encoder and its two stages share: how transformers treats them, how new weights are drawn, position
-tables, and the MLP of a layer.
+"""What the whole encoder and its two stages share: how transformers treats them, how new weights are initialised,
+position tables, and the MLP of a layer.
 """
 
 from contextlib import AbstractContextManager
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_deepseek_ocr_vision import at_least_float32
+from .attention_deepseek_ocr_vision import at_least_float32, is_recording
 
 
 PIECE_TOKENS = 2048
@@ -27,11 +25,11 @@ class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
     """Base of the encoder and of its stages."""
 
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     # `forward` takes any keyword, which `Trainer` would take for a loss of the model's own.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["SamBlock", "ClipLayer"]
+    _no_split_modules = ["SamBlock", "ClipLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
     # SAM adds a bias to its logits, which neither of the two takes.
@@ -41,7 +39,7 @@ class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw every weight from a normal distribution, set biases to 0 and layer norms to the identity."""
+        """Initialise weights from a normal distribution, biases with 0 and layer norms as the identity."""
         if isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -54,7 +52,7 @@ class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
 
     @property
     def initializer_range(self) -> float:
-        """Standard deviation of newly drawn weights."""
+        """Standard deviation of newly initialised weights."""
         return self.config.initializer_range
 
 
@@ -106,7 +104,7 @@ def _group_names(groups: dict[str, list[nn.Parameter]]) -> str:
 def keep_rng_state() -> AbstractContextManager:
     """Leave the random state alone while modules are built, so that `_init_weights` alone decides what a seed gives.
 
-    PyTorch's modules draw weights of their own when they are built, but not on the meta device, where transformers
+    PyTorch's modules initialise their weights when they are built, but not on the meta device, where transformers
     builds a model that it loads: one seed would give two models.
     """
     return torch.random.fork_rng(devices=[])
@@ -126,36 +124,40 @@ def resize_positions(
     return resized[0].permute(1, 2, 0).to(positions.dtype)
 
 
+def floating_dtype(module: nn.Module, *, default: torch.dtype) -> torch.dtype:
+    """The dtype of a module's weights; quantised layers may hold none of a floating-point dtype."""
+    dtypes = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+    return next(dtypes, default)
+
+
 def feed_forward(
     hidden_states: torch.Tensor,  # [..., C]
     expand: nn.Module,  # C to several times as many channels
     activation: nn.Module,
     contract: nn.Module,  # and back to C
 ) -> torch.Tensor:  # [..., C]
-    """The MLP of a layer, without more of its wide hidden layer in memory than need be.
+    """The MLP of a layer, with as little of its wide hidden layer in memory as possible.
 
-    For the backward pass only what goes into the activation is kept; what comes out, which the second linear layer
-    needs as well, costs next to nothing to compute again. Where nothing is kept, on a CPU, as many tokens are computed
-    at a time as fit its cache.
+    For the backward pass only the input of the activation is kept. Its output, which the second linear layer needs as
+    well, is computed again, which costs next to nothing. Where nothing is kept, a CPU computes as many tokens at a
+    time as fit its cache.
     """
 
     def activate_and_contract(hidden_layer: torch.Tensor) -> torch.Tensor:
         return contract(activation(hidden_layer))
 
+    on_cpu, num_tokens = hidden_states.device.type == "cpu", hidden_states.shape[:-1].numel()
     # A compiler decides for itself what to keep and how much to compute at a time.
-    if not torch.compiler.is_compiling():
-        on_cpu = hidden_states.device.type == "cpu"
+    if not is_recording():
         if needs_gradient(hidden_states, expand, activation, contract):
+            hidden_layer = expand(hidden_states)
             # To compute again takes 0.4 ms of Python, for which a GPU that has little to do would wait.
-            pays = on_cpu or hidden_states.shape[:-1].numel() >= PIECE_TOKENS
-            if pays and _can_compute_again(hidden_states.device):
-                return checkpoint(activate_and_contract, expand(hidden_states), use_reentrant=False)
-        elif on_cpu:
-            tokens = hidden_states.flatten(0, -2)  # [N, C]
-            output = torch.empty_like(tokens)
-            for piece, target in zip(tokens.split(PIECE_TOKENS), output.split(PIECE_TOKENS), strict=True):
-                target.copy_(activate_and_contract(expand(piece)))
-            return output.view(hidden_states.shape)
+            if (on_cpu or num_tokens >= PIECE_TOKENS) and _can_compute_again(hidden_layer):
+                return checkpoint(activate_and_contract, hidden_layer, use_reentrant=False)
+            return activate_and_contract(hidden_layer)
+        if on_cpu and num_tokens > PIECE_TOKENS:
+            pieces = hidden_states.flatten(0, -2).split(PIECE_TOKENS)  # [n, C] each
+            return torch.cat([activate_and_contract(expand(piece)) for piece in pieces]).view(hidden_states.shape)
     return activate_and_contract(expand(hidden_states))
 
 
@@ -165,20 +167,20 @@ def needs_gradient(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *parameters))
 
 
-def _can_compute_again(device: torch.device) -> bool:
-    """Whether `torch.utils.checkpoint` works here: not where a CUDA graph is recorded, while which the random state
-    cannot be read, nor under `torch.func.grad`, which knows nothing of its hooks.
+def _can_compute_again(hidden_layer: torch.Tensor) -> bool:
+    """Whether `torch.utils.checkpoint` works here: not while a CUDA graph is recorded, when the random state cannot be
+    read, nor under the transforms of `torch.func`, whose tensors have no memory of their own.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if hidden_layer.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     try:
-        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            return True
+        hidden_layer.data_ptr()
     except RuntimeError:
         return False
+    return True
 
 
-def checkpointable(layer: GradientCheckpointingLayer, hidden_states: torch.Tensor) -> torch.Tensor:
+def checkpointable(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """Make sure that reentrant gradient checkpointing sees an input that requires a gradient.
 
     It gives a layer's weights no gradient otherwise, which happens to the first trainable layer above frozen ones.

@@ -1,8 +1,10 @@
 """The second stage: CLIP-L's vision transformer (arXiv 2103.00020), fed with the compressed grid of the first.
 
-Letters in the shapes: B batch, H and W rows and columns of the token grid, N tokens of a picture, A heads, C
+Letters in the shapes: B batch, H and W rows and columns of the token grid, N tokens of an image, A heads, C
 channels.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +37,9 @@ class ClipEmbeddings(nn.Module):
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:  # [B, C, H, W] -> [B, N (+ 1), C]
         batch_size, channels, height, width = feature_map.shape
-        table = self.position_embedding.weight  # [1 + grid x grid, C]
+        # By its forward pass, as adapters, offloading and sharding need it.
+        rows = torch.arange(self.grid_size**2 + 1, device=feature_map.device)
+        table = self.position_embedding(rows)  # [1 + grid x grid, C]
         positions = table[1:].view(self.grid_size, self.grid_size, channels)
         # The released model resizes with antialiasing, `deepseek-ocr-encoder`, which has no class token, without.
         positions = resize_positions(positions, (height, width), antialias=self.class_embedding is not None)
@@ -70,9 +74,9 @@ class ClipLayer(GradientCheckpointingLayer):
         self.mlp = ClipMLP(config)
 
     def forward(  # [B, N, C] -> [B, N, C], [B, A, N, N]
-        self, hidden_states: torch.Tensor, output_attentions: bool
+        self, hidden_states: torch.Tensor, *, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, weights = self.self_attn(self.layer_norm1(hidden_states), output_attentions)
+        attended, weights = self.self_attn(self.layer_norm1(hidden_states), output_attentions=output_attentions)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
 
@@ -85,11 +89,12 @@ class ClipTransformer(nn.Module):
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(
-        self, hidden_states: torch.Tensor, output_hidden_states: bool, output_attentions: bool
+        self, hidden_states: torch.Tensor, *, output_hidden_states: bool = False, output_attentions: bool = False
     ) -> BaseModelOutput:
         all_hidden_states, all_weights = [hidden_states], []
         for layer in self.layers:
-            hidden_states, weights = layer(checkpointable(layer, hidden_states), output_attentions)
+            hidden_states = checkpointable(layer, hidden_states)
+            hidden_states, weights = layer(hidden_states, output_attentions=output_attentions)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if output_attentions:
@@ -116,7 +121,7 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
     def __init__(self, config: DeepSeekOCRVisionClipConfig, *, class_token: bool = True):
         super().__init__(config)
         with keep_rng_state():
-            self.embeddings = ClipEmbeddings(config, class_token=class_token)
+            self.embeddings: nn.Module = ClipEmbeddings(config, class_token=class_token)
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.transformer = ClipTransformer(config)
         self.post_init()
@@ -130,9 +135,13 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
     def forward(
         self,
         feature_map: torch.Tensor,
+        *,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutput:
-        hidden_states = self.pre_layrnorm(self.embeddings(feature_map))
-        return self.transformer(hidden_states, output_hidden_states, output_attentions)
+        # The stages may be of different dtypes.
+        hidden_states = self.pre_layrnorm(self.embeddings(feature_map.to(self.dtype)))
+        return self.transformer(
+            hidden_states, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+        )

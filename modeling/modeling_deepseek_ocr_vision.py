@@ -6,15 +6,17 @@ a backward pass reaches every weight and every pixel.
 Letters in the shapes: B batch, H and W rows and columns of the token grid, N = H x W tokens, C channels.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+import re
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..configuration.checks_deepseek_ocr_vision import require_integer
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
 from ..configuration.presets_deepseek_ocr_vision import ModeName
-from .base_deepseek_ocr_vision import LayerGroups, keep_rng_state
+from .base_deepseek_ocr_vision import LayerGroups, floating_dtype, keep_rng_state
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import CheckpointMixin
 from .sam_deepseek_ocr_vision import SamEncoder
@@ -49,7 +51,7 @@ class Projector(nn.Module):
         self.layers = nn.Linear(in_features, out_features)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:  # [B, N, 2048] -> [B, N, 1280]
-        return self.layers(features)
+        return self.layers(features.to(floating_dtype(self.layers, default=features.dtype)))
 
 
 class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
@@ -65,7 +67,7 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
     base_model_prefix = "model"
     # What a checkpoint may hold beyond the vision weights of this model's mode: the language model around the
     # released encoder, CLIP's unused patch embedding, and what the other modes use.
-    _keys_to_ignore_on_load_unexpected: ClassVar = [
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^(model\.)?(embed_tokens|layers|norm)\.",
         r"^lm_head\.",
         r"^(model\.)?(image_newline|view_seperator)$",
@@ -89,7 +91,7 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
 
     @property
     def initializer_range(self) -> float:
-        """Standard deviation of newly drawn weights after the two stages, which have their own."""
+        """Standard deviation of newly initialised weights after the two stages, which have their own."""
         return self.config.clip_config.initializer_range
 
     def get_input_embeddings(self) -> nn.Module:
@@ -109,61 +111,64 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
         output_hidden_states: bool | int | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> DeepSeekOCRVisionOutput | tuple:
         """Encode a batch of pages, with their tiles where there are some: one pass for all pages, one for all tiles.
 
         The tiles' arguments have the names and the meaning of transformers' Unlimited-OCR; the image processor gives
-        them in the mode Gundam. Pictures may have different numbers of tiles. With no tiles at all, but
-        `pixel_values_local` [0, 3, S, S], the passes are the same ones, as processes that share weights need.
+        them in the mode Gundam. Images may have different numbers of tiles. `pixel_values_local` [0, 3, S, S] is a
+        batch without tiles; it takes the same passes as one with tiles, which processes that share weights need.
 
         Args:
             pixel_values: [B, 3, height, width], normalised; height and width are multiples of `config.patch_size`.
                 Cast to the weights' dtype. An empty batch gives an empty batch of tokens.
-            pixel_values_local: The tiles of all pictures, picture by picture in reading order, [T, 3, S, S] or of any
-                other size that `pixel_values` may have.
-            num_local_patches: How many of them each picture has, B integers.
-            patches_grid: Columns and rows of each picture's tiles, B x 2 integers; any where there are none.
+            pixel_values_local: The tiles of all images, image by image in reading order, [T, 3, S, S] or of any other
+                size that `pixel_values` may have.
+            num_local_patches: How many of them each image has, B integers.
+            patches_grid: Columns and rows of each image's tiles, B x 2 integers; any where there are none.
             output_hidden_states: Whether to return the CLIP stage's hidden states. Composites pass the index of the
                 layer that they want, such as -1 or 0, so any integer means yes.
-            output_attentions: Whether to return the CLIP stage's attention weights. That stage attends the `"eager"`
-                way then, whatever its `attn_implementation`.
+            output_attentions: Whether to return the CLIP stage's attention weights. The CLIP stage then uses the
+                `"eager"` attention, whatever its `attn_implementation`.
             return_dict: Whether to return an output object or a tuple.
-            kwargs: Without effect. Composites hand all that they are called with on to their tower, such as
-                `num_items_in_batch` of `Trainer`, `use_cache`, or what a later transformers adds to these.
+            kwargs: Without effect. Composites pass on all that they are called with, such as `num_items_in_batch` of
+                `Trainer`, `use_cache`, or what a later transformers adds to these.
 
         Returns:
-            `last_hidden_state` [B, N, config.hidden_size], row-major over the grid, or over the grid of the picture's
-            tiles and after that over the page's; with tiles padded with zeros at the end, as the `attention_mask`
-            [B, N] says. `pooler_output` [B, config.hidden_size], the mean of a picture's tokens. `hidden_states`, a
-            tuple of what enters the first CLIP layer and what leaves each, [B, N, C] (N + 1 with a class token, the
-            first) of the page alone, the last one replaced by `last_hidden_state`. `attentions`, one
-            [B, heads, N, N] a CLIP layer (N + 1 with a class token). `local_hidden_states` and `local_attentions`,
-            the same of the tiles.
+            `last_hidden_state` [B, N, config.hidden_size], row-major over the grid; with tiles, row-major over the
+            grid of the image's tiles and then over the page's, and padded with zeros at the end, as the
+            `attention_mask` [B, N] says. `pooler_output` [B, config.hidden_size], the mean of an image's tokens.
+            `hidden_states`, a tuple of what enters the first CLIP layer and what leaves each, [B, N, C] (N + 1 with a
+            class token, the first) of the page alone, the last one replaced by `last_hidden_state`. `attentions`, one
+            [B, heads, N, N] a CLIP layer (N + 1 with a class token). `local_hidden_states` and `local_attentions`, the
+            same of the tiles.
 
         Raises:
-            TypeError: `pixel_values` or `pixel_values_local` is no tensor of floating-point numbers, or what is said
-                of the tiles no integers.
-            ValueError: Either has a wrong shape, or pages, tiles and what is said of them do not fit each other.
+            TypeError: `pixel_values` or `pixel_values_local` is no dense tensor of floating-point numbers, or
+                `num_local_patches` or `patches_grid` holds no integers.
+            ValueError: Either has a wrong shape, pages and tiles do not fit each other, or the model or the pixels
+                are on the meta device and the other is not.
         """
-        output_hidden_states = _chosen(output_hidden_states, default=self.config.output_hidden_states)
-        output_attentions = _chosen(output_attentions, default=self.config.output_attentions)
-        return_dict = _chosen(return_dict, default=self.config.return_dict)
+        output_hidden_states = _switch(output_hidden_states, default=self.config.output_hidden_states)
+        output_attentions = _switch(output_attentions, default=self.config.output_attentions)
+        return_dict = _switch(return_dict, default=self.config.return_dict)
+        switches = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         self._check_pixel_values("pixel_values", pixel_values)
-        grids = self._check_tiles(pixel_values, pixel_values_local, num_local_patches, patches_grid)
+        grids = self._tile_grids(pixel_values, pixel_values_local, num_local_patches, patches_grid)
 
-        pages, of_pages = self._tokens(pixel_values, output_hidden_states, output_attentions)  # [B, H, W, C]
-        if grids is None:
-            last_hidden_state = flatten_views(pages, **self._marks(pages))  # [B, N, C]
+        pages, of_pages = self._encode_views(pixel_values, **switches)  # [B, H, W, C]
+        special_tokens = self._special_tokens(pages)
+        if pixel_values_local is None or grids is None:
+            last_hidden_state = flatten_views(pages, **special_tokens)  # [B, N, C]
             attention_mask, pooled, of_tiles = None, last_hidden_state.mean(dim=1), BaseModelOutput()
         else:
-            tiles, of_tiles = self._tokens(pixel_values_local, output_hidden_states, output_attentions)
-            last_hidden_state, attention_mask, pooled = pad_and_concatenate(pages, tiles, grids, **self._marks(pages))
-        hidden_states = (*of_pages.hidden_states[:-1], last_hidden_state) if output_hidden_states else None
+            tiles, of_tiles = self._encode_views(pixel_values_local, **switches)
+            last_hidden_state, attention_mask, pooled = pad_and_concatenate(pages, tiles, grids, **special_tokens)
+        hidden_states = of_pages.hidden_states
         outputs = DeepSeekOCRVisionOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
-            hidden_states=hidden_states,
+            hidden_states=None if hidden_states is None else (*hidden_states[:-1], last_hidden_state),
             attentions=of_pages.attentions,
             attention_mask=attention_mask,
             local_hidden_states=of_tiles.hidden_states,
@@ -171,48 +176,52 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
         )
         return outputs if return_dict else outputs.to_tuple()
 
-    def _tokens(
-        self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool
+    def _encode_views(
+        self, pixel_values: torch.Tensor, *, output_hidden_states: bool, output_attentions: bool
     ) -> tuple[torch.Tensor, BaseModelOutput]:
-        """Grids of tokens, [B, H, W, C], of pictures of one size, and all that the CLIP stage gave."""
-        pixel_values = pixel_values.to(self.get_input_embeddings().weight.dtype)
+        """Grids of tokens, [B, H, W, C], of pages or tiles of one size, and all that the CLIP stage gave."""
         feature_map = self.sam_model(pixel_values)  # [B, C, H, W]
-        clip_outputs = self.vision_model(feature_map, output_hidden_states, output_attentions)
+        clip_outputs = self.vision_model(
+            feature_map, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+        )
         features = self._features(feature_map, clip_outputs.last_hidden_state)  # [B, N, C]
         return features.unflatten(1, feature_map.shape[-2:]), clip_outputs
 
     def _features(self, feature_map: torch.Tensor, clip_tokens: torch.Tensor) -> torch.Tensor:
         """Combine both stages' outputs, [B, C, H, W] and [B, N (+ 1), C], as the feature mode says."""
-        tokens = feature_map.flatten(2).transpose(1, 2)  # [B, N, C]
+        tokens = feature_map.flatten(2).transpose(1, 2).to(clip_tokens.device)  # [B, N, C]
         if self.config.feature_mode == "residual":
             return tokens + clip_tokens
         features = torch.cat([clip_tokens[:, 1:], tokens], dim=-1)  # [B, N, 2C]: CLIP first, SAM second
         return features if self.config.feature_mode == "concat" else self.projector(features)
 
-    def _marks(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The learned tokens of the released sequence, to go with others; none in other feature modes."""
+    def _special_tokens(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The learned tokens of the released sequence, in the dtype of others; none in other feature modes."""
         if self.config.feature_mode != "sequence":
             return {}
         return {"newline": self.image_newline.to(tokens), "separator": self.view_seperator.to(tokens)}
 
-    def _check_tiles(
+    def _tile_grids(
         self, pixel_values: torch.Tensor, pixel_values_local: Any, num_local_patches: Any, patches_grid: Any
     ) -> list[tuple[int, int]] | None:
-        """Columns and rows of each picture's tiles; `None` where tiles are not given."""
+        """Columns and rows of each image's tiles; `None` where tiles are not given."""
         if pixel_values_local is None:
             refuse_absent_tiles(num_local_patches)
             return None
         self._check_pixel_values("pixel_values_local", pixel_values_local)
-        sizes = {"num_pictures": len(pixel_values), "num_tiles": len(pixel_values_local)}
+        sizes = {"num_images": len(pixel_values), "num_tiles": len(pixel_values_local)}
         return grids_of_tiles(num_local_patches, patches_grid, **sizes)
 
     def _check_pixel_values(self, name: str, pixel_values: torch.Tensor) -> None:
         if not isinstance(pixel_values, torch.Tensor):
             raise TypeError(f"`{name}` has to be a torch.Tensor, got a {type(pixel_values).__name__}.")
+        if pixel_values.layout != torch.strided or pixel_values.is_nested:
+            kind = "a nested one" if pixel_values.is_nested else f"one of layout {pixel_values.layout}"
+            raise TypeError(f"`{name}` has to be a dense tensor, got {kind}.")
         if not pixel_values.is_floating_point():
             raise TypeError(
                 f"`{name}` has to hold normalised floating-point numbers, got {pixel_values.dtype}; the image "
-                "processor makes them from pictures."
+                "processor makes them from images."
             )
         num_channels, token_size = self.config.num_channels, self.config.patch_size
         if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
@@ -230,38 +239,46 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
     def encode(
         self, images: Any, *, image_processor: Any = None, mode: ModeName | None = None, batch_size: int = 1
     ) -> list[torch.Tensor]:
-        """Turn pictures into tokens, without gradient but as ordinary tensors, fit to train something else on.
+        """Turn images into tokens: without gradient, but as ordinary tensors, on which others can be trained.
 
         Args:
-            images: A picture or a list of them: paths, PIL images, arrays or tensors.
+            images: An image or a list of them: paths, PIL images, arrays or tensors.
             image_processor: What prepares them. By default the one saved with this checkpoint or, for a model that
                 has none, the preset that belongs to its feature mode at `config.image_size`.
             mode: Another of the released model's resolutions than the image processor's: `"tiny"`, `"small"`,
                 `"base"`, `"large"` or `"gundam"`.
-            batch_size: Pictures that pass through the model at once.
+            batch_size: Images that pass through the model at once, at least 1.
 
         Returns:
-            One tensor [N, config.hidden_size] a picture, on the model's device and in its dtype.
+            One tensor [N, config.hidden_size] an image, on the model's device and in its dtype.
 
         Raises:
-            ValueError: `images` is empty, a picture is invalid, `batch_size` is less than 1, or the image processor's
+            TypeError: `batch_size` is no integer, or an image of a type that the image processor does not take.
+            ValueError: `images` is empty, an image is invalid, `batch_size` is less than 1, or the image processor's
                 preset has no such mode.
         """
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size!r}; it has to be at least 1.")
+        batch_size = require_integer("batch_size", batch_size, at_least=1)
         if image_processor is None:
             image_processor = self.default_image_processor()
         images = list(images) if isinstance(images, list | tuple) else [images]
-        batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)] or [images]
-        options = {} if mode is None else {"mode": mode}
-        tokens = []
+        options = {"return_tensors": "pt"} | ({} if mode is None else {"mode": mode})
+        tokens: list[torch.Tensor] = []
         with torch.no_grad():
-            for batch in batches:
-                features = image_processor(batch, return_tensors="pt", **options)
-                inputs = {name: features[name] for name in INPUTS if name in features}
-                outputs = self(**_moved(inputs, self.device), return_dict=True)
+            # An empty list is the image processor's to refuse.
+            for start in range(0, max(len(images), 1), batch_size):
+                try:
+                    features = image_processor(images[start : start + batch_size], **options)
+                except (OSError, TypeError, ValueError) as error:
+                    _count_from_start(error, start)
+                    raise
+                inputs = {name: self._moved(features[name]) for name in INPUTS if name in features}
+                outputs = self(**inputs, return_dict=True)
                 tokens.extend(_unpadded(outputs.last_hidden_state, outputs.attention_mask))
         return tokens
+
+    def _moved(self, value: Any) -> Any:
+        """A tensor on the model's device. The weights of an offloaded model are on none; its hooks move the inputs."""
+        return value if self.device.type == "meta" or not isinstance(value, torch.Tensor) else value.to(self.device)
 
     def layer_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters in groups, from the pixels to the tokens: one list for freezing and for learning-rate decay.
@@ -272,34 +289,45 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
             with the learned tokens of that feature mode. Every parameter is in exactly one group.
         """
         sam, clip = self.sam_model, self.vision_model
-        groups: dict[str, list[nn.Parameter]] = {"sam.patch_embed": [*sam.patch_embed.parameters(), sam.pos_embed]}
+        groups = {"sam.patch_embed": _parameters(sam, "patch_embed", "pos_embed")}
         groups |= {f"sam.blocks.{index}": [*block.parameters()] for index, block in enumerate(sam.blocks)}
-        groups["sam.neck"] = [*sam.neck.parameters()]
-        groups["sam.compressor"] = [*sam.net_2.parameters(), *sam.net_3.parameters()]
-        groups["clip.embeddings"] = [*clip.embeddings.parameters(), *clip.pre_layrnorm.parameters()]
-        groups |= {
-            f"clip.layers.{index}": [*layer.parameters()] for index, layer in enumerate(clip.transformer.layers)
-        }
+        groups["sam.neck"] = _parameters(sam, "neck")
+        groups["sam.compressor"] = _parameters(sam, "net_2", "net_3")
+        groups["clip.embeddings"] = _parameters(clip, "embeddings", "pre_layrnorm")
+        layers = enumerate(clip.transformer.layers)
+        groups |= {f"clip.layers.{index}": [*layer.parameters()] for index, layer in layers}
         if self.config.feature_mode in ("projected", "sequence"):
-            groups["projector"] = [*self.projector.parameters()]
+            groups["projector"] = _parameters(self, "projector")
         if self.config.feature_mode == "sequence":
-            groups["sequence"] = [self.image_newline, self.view_seperator]
+            groups["sequence"] = _parameters(self, "image_newline", "view_seperator")
         return groups
 
 
-def _moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Inputs with the tensors among them on a device."""
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+def _switch(value: Any, *, default: Any) -> bool:
+    """An optional switch as a bool. Composites pass a layer's index, and index 0 means yes, so no test for truth."""
+    value = default if value is None else value
+    return value is not None and value is not False
+
+
+def _count_from_start(error: Exception, start: int) -> None:
+    """Let an error about an image of a batch name its index in the whole list."""
+
+    def shift(index: re.Match) -> str:
+        return f"images[{int(index[1]) + start}]"
+
+    error.args = tuple(
+        re.sub(r"\bimages\[(\d+)\]", shift, value) if isinstance(value, str) else value for value in error.args
+    )
 
 
 def _unpadded(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """One tensor of tokens a picture, [B, N, C] -> B times [N, C], without what fills up the shorter ones."""
+    """One tensor of tokens an image, [B, N, C] -> B times [N, C], without the padding of the shorter ones."""
     if attention_mask is None:
         return list(tokens)
     return [row[mask] for row, mask in zip(tokens, attention_mask, strict=True)]
 
 
-def _chosen(value: Any, *, default: Any) -> bool:
-    """An optional switch as a bool. Composites pass a layer's index, and index 0 means yes, so no test for truth."""
-    value = default if value is None else value
-    return value is not None and value is not False
+def _parameters(module: nn.Module, *names: str) -> list[nn.Parameter]:
+    """The parameters of some children of a module, or of its own by these names, parametrised ones too."""
+    paths = tuple(f"{place}{name}." for name in names for place in ("", "parametrizations."))
+    return [parameter for path, parameter in module.named_parameters() if f"{path}.".startswith(paths)]

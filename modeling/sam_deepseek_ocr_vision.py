@@ -3,6 +3,8 @@
 Letters in the shapes: B batch, H and W rows and columns of the patch grid, C channels.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -24,7 +26,7 @@ class SamPatchEmbed(nn.Module):
 
     def __init__(self, config: DeepSeekOCRVisionSamConfig, *, num_channels: int):
         super().__init__()
-        self.proj = nn.Conv2d(
+        self.proj: nn.Module = nn.Conv2d(
             num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
 
@@ -64,7 +66,7 @@ class SamBlock(GradientCheckpointingLayer):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of a picture in channels-first order."""
+    """Layer norm over the channels of an image in channels-first order."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, C, H, W] -> [B, C, H, W]
         return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -105,8 +107,13 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.patch_embed.proj = value
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = self.patch_embed(pixel_values)  # [B, H, W, C]
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if pixel_values.is_meta != self.pos_embed.is_meta:
+            raise ValueError(
+                f"`pixel_values` is on {pixel_values.device} and the model on {self.pos_embed.device}; tensors on the "
+                "meta device have a shape and no values."
+            )
+        hidden_states = self.patch_embed(pixel_values.to(self.dtype))  # [B, H, W, C]
         _, height, width, _ = hidden_states.shape
         hidden_states = hidden_states + resize_positions(self.pos_embed[0], (height, width), antialias=True)
         for block in self.blocks:

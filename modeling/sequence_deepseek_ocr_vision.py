@@ -1,10 +1,10 @@
-"""From the tokens of pages and of their tiles to one row of tokens a picture, in the order of the released model.
+"""From the tokens of pages and of their tiles to one row of tokens an image, in the order of the released model.
 
 The tiles' tokens come first, row by row over the whole grid of tiles, then the page's. In the released sequence each
-row ends in the learned token `image_newline`, and the picture in `view_seperator` (spelled so); the order is that of
+row ends with the special token `image_newline`, and the image with `view_seperator` (spelled so); the order is that of
 DeepSeek-OCR's own code (`modeling_deepseekocr.py`).
 
-Letters in the shapes: B pictures, T tiles of a picture in R rows and K columns, H and W rows and columns of a grid of
+Letters in the shapes: B images, T tiles of an image in R rows and K columns, H and W rows and columns of a grid of
 tokens, N tokens, C channels.
 """
 
@@ -18,11 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 @dataclass
 class DeepSeekOCRVisionOutput(BaseModelOutputWithPooling):
-    """What the encoder gives: transformers' output of a vision encoder and, where there were tiles, what is theirs.
+    """What the encoder gives: transformers' output of a vision encoder, and with tiles three fields more.
 
     Args:
         attention_mask: [B, N], true where `last_hidden_state` holds a token and false where it is padded with zeros at
-            the end, as pictures with more tiles have more tokens. `None` without tiles: all have the same number then.
+            the end, as images with more tiles have more tokens. `None` without tiles: all have the same number then.
         local_hidden_states: The tiles' hidden states, as `hidden_states` are the pages'.
         local_attentions: The tiles' attention weights, as `attentions` are the pages'.
     """
@@ -42,22 +42,18 @@ def flatten_views(
     Args:
         views: The tiles' grid and the page's, or the page's alone.
         newline: What ends each row of a grid, if anything does.
-        separator: What ends the picture, if anything does.
+        separator: What ends the image, if anything does.
     """
-    parts = [_with_newlines(view, newline).flatten(-3, -2) for view in views]
+    if newline is not None:
+        views = tuple(torch.cat([view, newline.expand(*view.shape[:-2], 1, -1)], dim=-2) for view in views)
+    parts = [view.flatten(-3, -2) for view in views]
     if separator is not None:
         parts.append(separator.expand(*parts[0].shape[:-2], 1, -1))
     return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
 
 
-def _with_newlines(grid: torch.Tensor, newline: torch.Tensor | None) -> torch.Tensor:  # [..., H, W (+ 1), C]
-    if newline is None:
-        return grid
-    return torch.cat([grid, newline.expand(*grid.shape[:-2], 1, -1)], dim=-2)
-
-
 def as_one_grid(tiles: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
-    """Put the grids of a picture's tiles side by side and below each other: [R x K, H, W, C] -> [R x H, K x W, C]."""
+    """Put the grids of an image's tiles side by side and below each other: [R x K, H, W, C] -> [R x H, K x W, C]."""
     grids = tiles.unflatten(0, (rows, columns)).transpose(1, 2)  # [R, H, K, W, C]
     return grids.flatten(2, 3).flatten(0, 1)
 
@@ -66,30 +62,30 @@ def pad_and_concatenate(
     pages: torch.Tensor,  # [B, H, W, C]
     tiles: torch.Tensor,  # [all tiles, H, W, C]
     grids: list[tuple[int, int]],
-    **marks: torch.Tensor | None,
+    **special_tokens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One row of tokens a picture, where each has tiles of its own, or none.
+    """One row of tokens an image, where each has tiles of its own, or none.
 
-    A picture without tiles gets its none of them: that makes them part of the graph, so that the backward pass of a
-    process without tiles takes the same way as that of one with some. Processes that share weights wait for each other
-    on that way.
+    An image without tiles is concatenated with none of them. That makes the tiles part of the graph, so that the
+    backward pass of a process without tiles visits the same layers as that of one with some: processes that share
+    weights wait for each other in each.
 
     Args:
         pages: The tokens of the pages.
-        tiles: The tokens of all pictures' tiles.
-        grids: Columns and rows of each picture's tiles, 0 and 0 for none.
-        marks: `newline` and `separator`, as `flatten_views` takes them.
+        tiles: The tokens of all images' tiles.
+        grids: Columns and rows of each image's tiles, 0 and 0 for none.
+        special_tokens: `newline` and `separator`, as `flatten_views` takes them.
 
     Returns:
         The rows, padded with zeros at the end, [B, N, C]; the mask [B, N] of what is a token; the mean of each row's
         tokens, [B, C].
     """
     if not grids:
-        nothing = flatten_views(tiles, pages, **marks)  # [0, N, C]
+        nothing = flatten_views(tiles, pages, **special_tokens)  # [0, N, C]
         return nothing, nothing.new_ones(nothing.shape[:2], dtype=torch.bool), nothing.mean(dim=1)
     of_each = tiles.split([columns * rows for columns, rows in grids])
     rows = [
-        flatten_views(as_one_grid(own, *grid), page, **marks)
+        flatten_views(as_one_grid(own, *grid), page, **special_tokens)
         for page, own, grid in zip(pages, of_each, grids, strict=True)
     ]
     hidden_states = pad_sequence(rows, batch_first=True)
@@ -98,18 +94,15 @@ def pad_and_concatenate(
     return hidden_states, mask, torch.stack([row.mean(dim=0) for row in rows])
 
 
-# What the caller says about the tiles.
-
-
 def grids_of_tiles(
-    num_local_patches: Any, patches_grid: Any, *, num_pictures: int, num_tiles: int
+    num_local_patches: Any, patches_grid: Any, *, num_images: int, num_tiles: int
 ) -> list[tuple[int, int]]:
-    """Columns and rows of each picture's tiles, 0 and 0 where it has none.
+    """Columns and rows of each image's tiles, 0 and 0 where it has none.
 
     Args:
-        num_local_patches: How many tiles each picture has.
-        patches_grid: Columns and rows of each picture's; of one without tiles any two numbers.
-        num_pictures: Pages in the batch.
+        num_local_patches: How many tiles each image has.
+        patches_grid: Columns and rows of each image's; of one without tiles any two numbers.
+        num_images: Pages in the batch.
         num_tiles: Tiles in the batch.
 
     Raises:
@@ -119,13 +112,13 @@ def grids_of_tiles(
     counts = _integers("num_local_patches", num_local_patches, depth=1)
     grids = _integers("patches_grid", patches_grid, depth=2)
     for name, entries in (("num_local_patches", counts), ("patches_grid", grids)):
-        if len(entries) != num_pictures:
-            raise ValueError(f"`{name}` has {len(entries)} entries for {num_pictures} pictures in `pixel_values`.")
+        if len(entries) != num_images:
+            raise ValueError(f"`{name}` has {len(entries)} entries for {num_images} images in `pixel_values`.")
     for index, (count, grid) in enumerate(zip(counts, grids, strict=True)):
         if count < 0 or len(grid) != 2 or (count > 0 and (min(grid) < 1 or grid[0] * grid[1] != count)):
             raise ValueError(
                 f"`patches_grid[{index}]` is {grid} and `num_local_patches[{index}]` is {count}; they have to be the "
-                "columns and rows of a picture's tiles, and the product of both."
+                "columns and rows of an image's tiles, and the product of both."
             )
     if sum(counts) != num_tiles:
         raise ValueError(
@@ -138,7 +131,7 @@ def refuse_absent_tiles(num_local_patches: Any) -> None:
     """Make sure that a caller who gives no tiles does not mean any.
 
     Raises:
-        ValueError: Some picture is said to have tiles.
+        ValueError: Some image is said to have tiles.
     """
     if num_local_patches is not None and any(_integers("num_local_patches", num_local_patches, depth=1)):
         raise ValueError(f"`num_local_patches` is {num_local_patches}, but there are no `pixel_values_local`.")
@@ -148,7 +141,7 @@ def _integers(name: str, value: Any, *, depth: int) -> list:
     """A list of integers, or a list of such lists, out of whatever holds them."""
     listed = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(listed, list | tuple):
-        shape = "one integer a picture" if depth == 1 else "two integers, columns and rows, a picture"
+        shape = "one integer an image" if depth == 1 else "two integers, columns and rows, an image"
         raise TypeError(f"`{name}` is {value!r}; with `pixel_values_local` it has to be a list or tensor of {shape}.")
     if depth > 1:
         return [_integers(f"{name}[{index}]", entry, depth=depth - 1) for index, entry in enumerate(listed)]
@@ -156,13 +149,3 @@ def _integers(name: str, value: Any, *, depth: int) -> list:
     if not all(type(entry) is int for entry in entries):
         raise TypeError(f"`{name}` is {value!r}; it has to hold integers.")
     return entries
-
-
-__all__ = [
-    "DeepSeekOCRVisionOutput",
-    "as_one_grid",
-    "flatten_views",
-    "grids_of_tiles",
-    "pad_and_concatenate",
-    "refuse_absent_tiles",
-]

@@ -18,7 +18,7 @@ from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
-# Those that give a token for each square, and the one with marks between them.
+# Those that give a token for each square, and the one with special tokens between them.
 FEATURE_MODES = ("residual", "concat", "projected")
 EVERY_FEATURE_MODE = (*FEATURE_MODES, "sequence")
 IMPLEMENTATIONS = ("eager", "sdpa", "blockwise", "sdpa_folded", "sdpa_masked")

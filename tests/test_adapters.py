@@ -194,6 +194,21 @@ def test_gradient_checkpointing_gives_adapters_the_same_gradients(use_reentrant)
     assert all(torch.allclose(actual[name], expected[name], atol=1e-6, rtol=1e-4) for name in expected)
 
 
+def test_adapters_of_the_tables_of_positions_are_alive_and_merge():
+    """Pins LoRA on an embedding that was read past its forward pass: accepted, and without any effect or gradient."""
+    base = DeepSeekOCRVisionModel(tiny_config(feature_mode="concat")).double()
+    plain = base(pixels(dtype=torch.float64)).last_hidden_state
+    model = adapted(base, ["position_embedding"])
+    tokens = model(pixels(dtype=torch.float64)).last_hidden_state
+    tokens.sum().backward()
+    assert relative_error(tokens, plain) > 1e-2
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 2
+    assert all(parameter.grad.any() for parameter in trained)
+    merged = model.merge_and_unload()
+    assert relative_error(merged(pixels(dtype=torch.float64)).last_hidden_state, tokens) < 1e-9
+
+
 def test_layer_decay_gives_adapters_the_rates_of_their_layers():
     """Pins peft's wrappers, under which every name is another one."""
     model = adapted(DeepSeekOCRVisionModel(tiny_config()), LORA_TARGETS["clip"])

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from helpers import GRADIENT_TOLERANCE, TOLERANCE, relative_error, tiny_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepseek_ocr_vision.modeling import attention_deepseek_ocr_vision as attention
 from deepseek_ocr_vision.modeling.attention_deepseek_ocr_vision import SamAttention
@@ -60,11 +62,13 @@ def test_gradcheck_of_blocks(monkeypatch, window_size):
     assert torch.autograd.gradcheck(compute, (hidden_states, *parameters), fast_mode=True)
 
 
+@pytest.mark.parametrize("capabilities", [{}, {"architecture": "x86_64"}], ids=["half blocks", "single blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window_size", [0, 3])
-def test_half_precision_sums_in_single(monkeypatch, window_size, dtype):
+def test_half_precision_sums_in_single(monkeypatch, window_size, dtype, capabilities):
     """Pins gradients that are added up over many blocks: in bfloat16 the later ones would be lost."""
     monkeypatch.setattr(attention, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(attention, "_cpu_capabilities", lambda: capabilities)
     module = make_attention(window_size)
     hidden_states = torch.randn(1, 8, 8, 32, dtype=torch.float64)
     expected = outputs_and_gradients(module, "eager", hidden_states)
@@ -94,7 +98,9 @@ def test_nothing_of_the_size_of_the_bias_is_kept_for_backward(window_size):
     tables = 2 * 16 * 16 * 16 * 4
     # Input, query with key and value, output; and what gathering the tables keeps.
     assert sum(kept.values()) <= tokens * (1 + 3 + 1) + parameters + 3 * tables
-    assert max(kept.values()) <= 3 * tokens
+    # With padding, one row that stands for all of it.
+    rows = 16 * 16 + (1 if window_size else 0)
+    assert max(kept.values()) <= 3 * tokens // (16 * 16) * rows
 
 
 @pytest.mark.parametrize("implementation", ["blockwise", "sdpa_folded", "sdpa_masked"])
@@ -109,19 +115,59 @@ def test_under_autocast_it_is_close_to_full_precision(implementation):
         assert (ours.float() - theirs).norm() < TOLERANCE[torch.bfloat16] * theirs.norm()
 
 
-def test_a_second_derivative_of_blocks_is_an_error_and_of_the_others_not():
-    """Pins gradient penalties, which must not get a wrong result in silence."""
-    module = make_attention(0)
-    for implementation in ("blockwise", "sdpa_masked", "eager"):
+@pytest.mark.parametrize("window_size", [0, 3])
+def test_second_and_forward_derivatives_of_blocks_are_those_of_the_plain_formula(window_size):
+    """Pins gradient penalties and Hessians, which a backward pass of our own would get wrong or refuse."""
+    results = []
+    for implementation in ("eager", "blockwise"):
+        torch.manual_seed(0)
+        module = make_attention(window_size)
         module.config._attn_implementation = implementation
         hidden_states = torch.randn(1, 4, 4, 32, dtype=torch.float64, requires_grad=True)
         (gradient,) = torch.autograd.grad(module(hidden_states).square().sum(), hidden_states, create_graph=True)
-        if implementation == "blockwise":
-            with pytest.raises(RuntimeError, match="once_differentiable"):
-                gradient.square().sum().backward()
-        else:
-            gradient.square().sum().backward()
-            assert hidden_states.grad.any()
+        second = torch.autograd.grad(gradient.square().sum(), [hidden_states, *module.parameters()])
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(hidden_states, torch.ones_like(hidden_states))
+            tangent = forward_ad.unpack_dual(module(dual)).tangent
+        transformed = torch.func.jvp(module, (hidden_states,), (torch.ones_like(hidden_states),))[1]
+        results.append([*second, tangent, transformed])
+    for ours, theirs in zip(*reversed(results), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_second_derivative_of_a_fused_kernel_is_an_error_that_names_the_way_out():
+    """Pins PyTorch's own message, which names a kernel that nobody has called."""
+    module = make_attention(0)
+    module.config._attn_implementation = "sdpa_folded"
+    hidden_states = torch.randn(1, 4, 4, 32, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(module(hidden_states).square().sum(), hidden_states, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"set_attn_implementation\('eager'"):
+        gradient.square().sum().backward()
+    with pytest.raises(NotImplementedError, match=r"set_attn_implementation\('eager'"):
+        torch.func.jvp(module, (hidden_states,), (torch.ones_like(hidden_states),))
+    with sdpa_kernel(SDPBackend.MATH):
+        (gradient,) = torch.autograd.grad(module(hidden_states).square().sum(), hidden_states, create_graph=True)
+        gradient.square().sum().backward()
+    assert hidden_states.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capabilities", "expected"),
+    [
+        (torch.bfloat16, {"architecture": "x86_64", "avx2": True, "avx512_bf16": False}, torch.float32),
+        (torch.float16, {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": True}, torch.float32),
+        (torch.bfloat16, {"architecture": "x86_64", "avx512_bf16": True}, torch.bfloat16),
+        (torch.bfloat16, {"architecture": "x86_64", "amx_bf16": True}, torch.bfloat16),
+        (torch.float16, {"architecture": "x86_64", "avx512_fp16": True}, torch.float16),
+        (torch.bfloat16, {"architecture": "aarch64"}, torch.bfloat16),
+        (torch.bfloat16, {}, torch.bfloat16),
+        (torch.float32, {"architecture": "x86_64"}, torch.float32),
+        (torch.float64, {"architecture": "x86_64"}, torch.float64),
+    ],
+)
+def test_blocks_are_in_single_precision_where_the_processor_has_no_half(dtype, capabilities, expected):
+    """Pins 100 s for a page in bfloat16 on a processor with AVX2 alone; the others keep what is fast there."""
+    assert attention.block_dtype(dtype, capabilities) == expected
 
 
 def test_sdpa_means_what_suits_device_and_graph():

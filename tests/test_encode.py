@@ -1,4 +1,4 @@
-"""`model.encode` and the pipeline: pictures in, tokens out, in one line."""
+"""`model.encode` and the pipeline: images in, tokens out, in one line."""
 
 import numpy as np
 import pytest
@@ -13,21 +13,21 @@ from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisi
 
 @pytest.fixture
 def page(tmp_path):
-    """A picture on disk, and its path."""
+    """An image on disk, and its path."""
     path = tmp_path / "page.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(path)
     return path
 
 
-def test_paths_pictures_and_arrays_become_tokens_one_tensor_each(tiny_model, page):
-    """Pins what `deepseek-ocr-encoder` users call, with every kind of picture in one list."""
-    picture = Image.open(page)
-    tokens = tiny_model.encode([page, str(page), picture, np.asarray(picture)])
+def test_paths_images_and_arrays_become_tokens_one_tensor_each(tiny_model, page):
+    """Pins what `deepseek-ocr-encoder` users call, with every kind of image in one list."""
+    image = Image.open(page)
+    tokens = tiny_model.encode([page, str(page), image, np.asarray(image)])
     assert [t.shape for t in tokens] == [(4, 32)] * 4
     assert all(torch.equal(t, tokens[0]) for t in tokens)
 
 
-def test_one_picture_need_not_be_in_a_list(tiny_model, page):
+def test_one_image_need_not_be_in_a_list(tiny_model, page):
     """Pins the one-line use."""
     (tokens,) = tiny_model.encode(page)
     assert torch.equal(tokens, tiny_model.encode([page])[0])
@@ -46,9 +46,9 @@ def test_the_tokens_train_what_is_put_on_them(tiny_model, page):
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_batches_change_nothing_but_the_speed(tiny_model, page, batch_size):
     """Pins the last, smaller batch."""
-    pictures = [Image.open(page).rotate(angle) for angle in range(5)]
-    expected = torch.stack(tiny_model.encode(pictures))
-    assert relative_error(torch.stack(tiny_model.encode(pictures, batch_size=batch_size)), expected) < 1e-5
+    images = [Image.open(page).rotate(angle) for angle in range(5)]
+    expected = torch.stack(tiny_model.encode(images))
+    assert relative_error(torch.stack(tiny_model.encode(images, batch_size=batch_size)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("feature_mode", ["residual", "concat", "projected"])
@@ -71,16 +71,29 @@ def test_the_checkpoints_own_image_processor_comes_first(tmp_path, tiny_model, p
 
 
 @pytest.mark.parametrize("images", [[], None, [None]])
-def test_no_pictures_are_an_error(tiny_model, images):
+def test_no_images_are_an_error(tiny_model, images):
     """Pins an empty list of files, from a pattern that matched none."""
     with pytest.raises((TypeError, ValueError), match="images"):
         tiny_model.encode(images)
 
 
 def test_a_batch_size_below_one_is_an_error(tiny_model, page):
-    """Pins the argument's range."""
+    """Pins the argument's range, and its type: a comparison of text and numbers names no argument."""
     with pytest.raises(ValueError, match="batch_size"):
         tiny_model.encode(page, batch_size=0)
+    with pytest.raises(TypeError, match="`batch_size` is 'x'; it has to be an integer of at least 1"):
+        tiny_model.encode(page, batch_size="x")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_an_error_names_the_image_by_its_place_in_the_whole_list(tiny_model, page, batch_size, tmp_path):
+    """Pins an index in the batch, by which the caller finds another image than the broken one."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(page.read_bytes()[:100])
+    with pytest.raises(TypeError, match=r"images\[5\] is of type int"):
+        tiny_model.encode([page] * 5 + [7], batch_size=batch_size)
+    with pytest.raises(OSError, match=r"images\[3\] .*broken\.png"):
+        tiny_model.encode([page] * 3 + [broken, page], batch_size=batch_size)
 
 
 def test_a_missing_file_is_an_error_with_its_path(tiny_model):

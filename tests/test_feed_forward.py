@@ -91,15 +91,16 @@ def test_it_can_be_differentiated_twice():
     assert torch.autograd.gradgradcheck(lambda tokens: base.feed_forward(tokens, *mlp), tokens)
 
 
-def test_gradients_of_each_picture_by_torch_func():
-    """Pins `torch.func.grad` and `vmap`, under which nothing can be computed again."""
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_gradients_of_each_image_by_torch_func(attn_implementation):
+    """Pins `torch.func.grad` and `vmap`, under which nothing can be computed again, by the default attention too."""
     model = DeepSeekOCRVisionModel(tiny_config())
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(attn_implementation)
     parameters = dict(model.named_parameters())
     page = pixels(2)
 
-    def loss(parameters: dict[str, torch.Tensor], picture: torch.Tensor) -> torch.Tensor:
-        outputs = torch.func.functional_call(model, parameters, (picture[None],))
+    def loss(parameters: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        outputs = torch.func.functional_call(model, parameters, (image[None],))
         return outputs.last_hidden_state.square().sum()
 
     gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, page)
@@ -107,3 +108,19 @@ def test_gradients_of_each_picture_by_torch_func():
         expected = torch.autograd.grad(loss(parameters, page[index]), list(parameters.values()))
         for name, theirs in zip(parameters, expected, strict=True):
             assert relative_error(gradients[name][index], theirs) < 1e-4, name
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_several_models_at_once_by_torch_func(enabled):
+    """Pins `vmap` over stacked weights: tokens are of one model when they come in, and of all of them later."""
+    model = DeepSeekOCRVisionModel(tiny_config())
+    stacked = {name: torch.stack([weight, weight / 2]) for name, weight in model.named_parameters()}
+    page = pixels()
+
+    def tokens_of(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (page,)).last_hidden_state
+
+    with torch.set_grad_enabled(enabled):
+        tokens = torch.func.vmap(tokens_of)(stacked)
+        assert relative_error(tokens[0], model(page).last_hidden_state) < 1e-5
+    assert relative_error(tokens[1], tokens[0]) > 0.1

@@ -25,7 +25,7 @@ class PlainTransformer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            hidden_states = layer(hidden_states, False)[0]
+            hidden_states = layer(hidden_states)[0]
         return hidden_states
 
 

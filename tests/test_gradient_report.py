@@ -283,7 +283,7 @@ def test_what_the_forward_pass_does_not_use_is_named(reader):
     unused_head, unused_scale = gradient_report(reader, reader(pixels())).problems
     assert unused_head == "`other_head` gets no gradient, though what comes before does: it had no part in the loss."
     assert "1 of 3 parameters of `head` have no gradient, `head.scale`" in unused_scale
-    reader.encoder.vision_model.transformer.layers[0].forward = lambda hidden_states, *_: (hidden_states, None)
+    reader.encoder.vision_model.transformer.layers[0].forward = lambda hidden_states, **_: (hidden_states, None)
     skipped, *_ = gradient_report(reader, reader(pixels())).problems
     assert "`encoder.clip.layers.0` gets no gradient, though what comes before and after does" in skipped
 

@@ -176,7 +176,7 @@ def test_autocast_trains_in_bfloat16(tiny_model):
 
 @pytest.mark.parametrize("attn_implementation", IMPLEMENTATIONS)
 def test_an_empty_batch_still_touches_every_parameter(tiny_model, attn_implementation):
-    """Pins a process of a DDP run whose batch has no pictures: no gradient there makes the others wait for ever."""
+    """Pins a process of a DDP run whose batch has no images: no gradient there makes the others wait for ever."""
     tiny_model.set_attn_implementation(attn_implementation)
     tokens = tiny_model(pixels(0)).last_hidden_state
     tokens.sum().backward()
@@ -185,7 +185,7 @@ def test_an_empty_batch_still_touches_every_parameter(tiny_model, attn_implement
 
 
 def test_a_new_model_learns():
-    """Pins the initialisation: transformers' SAM configurations draw weights of 1e-10, which never learn."""
+    """Pins the initialisation: transformers' SAM configurations initialise weights to 1e-10, which never learn."""
     torch.manual_seed(0)
     defaults = {"initializer_range": 0.02}
     config = tiny_config(
@@ -203,3 +203,31 @@ def test_a_new_model_learns():
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize("sam", ["sdpa", "sdpa_masked", "eager"])
+def test_the_encoder_can_be_differentiated_twice_with_clip_in_plain_steps(sam):
+    """Pins gradient penalties on the pixels: what the docs say can be differentiated twice."""
+    results = []
+    for implementation in (sam, "eager"):
+        torch.manual_seed(0)
+        config = tiny_config(attn_implementation={"sam_config": implementation, "clip_config": "eager"})
+        model = DeepSeekOCRVisionModel(config).double()
+        pixel_values = pixels(dtype=torch.float64).requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            model(pixel_values).last_hidden_state.square().sum(), pixel_values, create_graph=True
+        )
+        results.append(torch.autograd.grad(gradient.square().sum(), [pixel_values, *model.parameters()]))
+    for ours, theirs in zip(*results, strict=True):
+        # The bias of the keys moves no output, so its gradient is rounding alone.
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6 * (1 + theirs.abs().max().item()))
+
+
+def test_a_second_derivative_under_the_default_is_an_error_that_names_the_way_out(tiny_model):
+    """Pins PyTorch's own message, which names a kernel that nobody has called."""
+    pixel_values = pixels().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        tiny_model(pixel_values).last_hidden_state.sum(), pixel_values, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match=r"set_attn_implementation\('eager'"):
+        gradient.square().sum().backward()

@@ -86,6 +86,24 @@ def test_biases_norms_single_tokens_and_tables_of_positions_have_no_weight_decay
     assert weight_decay_of(groups, model.encoder.sam_model.net_2.weight) == 0.3
 
 
+def test_a_parametrised_table_of_positions_has_no_weight_decay_either():
+    """Pins a choice by the end of a parameter's name, which a parametrization and a second owner change."""
+    encoder = DeepSeekOCRVisionModel(tiny_config())
+    attention, clip = encoder.sam_model.blocks[0].attn, encoder.vision_model
+    for module, name in ((attention, "rel_pos_h"), (encoder.sam_model, "pos_embed")):
+        nn.utils.parametrize.register_parametrization(module, name, nn.Identity())
+    model = nn.ModuleDict()
+    model["a reader that shares a table"] = nn.ParameterList([clip.embeddings.position_embedding.weight])
+    model["encoder"] = encoder
+    groups = layer_decay_groups(model, learning_rate=1.0, layer_decay=0.5, weight_decay=0.3)
+    assert weight_decay_of(groups, attention.parametrizations.rel_pos_h.original) == 0.0
+    assert weight_decay_of(groups, clip.embeddings.position_embedding.weight) == 0.0
+    assert weight_decay_of(groups, attention.qkv.weight) == 0.3
+    original = encoder.sam_model.parametrizations.pos_embed.original
+    assert weight_decay_of(groups, original) == 0.0
+    assert rate_of(groups, original) == rate_of(groups, encoder.sam_model.patch_embed.proj.weight) == 0.5**8
+
+
 def test_an_optimizer_moves_the_first_layers_least():
     """Pins groups that an optimizer takes and does not heed."""
     model = PageClassifier(DeepSeekOCRVisionModel(tiny_config()))
@@ -140,11 +158,11 @@ def test_a_schedule_scales_all_rates_alike():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"learning_rate": 0.0}, "`learning_rate` is 0.0; it has to be a positive number"),
+        ({"learning_rate": 0.0}, "`learning_rate` is 0.0; it has to be a finite number above 0"),
         ({"learning_rate": float("nan")}, "`learning_rate` is nan"),
-        ({"layer_decay": 0.0}, "`layer_decay` is 0.0; it has to be above 0 and at most 1"),
+        ({"layer_decay": 0.0}, "`layer_decay` is 0.0; it has to be a finite number.* at most 1.* above 0"),
         ({"layer_decay": 1.5}, "`layer_decay` is 1.5"),
-        ({"weight_decay": -0.1}, "`weight_decay` is -0.1; it has to be 0 or a positive number"),
+        ({"weight_decay": -0.1}, "`weight_decay` is -0.1; it has to be a finite number of at least 0"),
     ],
 )
 def test_values_out_of_range_are_errors_that_name_them(tiny_model, arguments, message):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import FEATURE_MODES, IMPLEMENTATIONS, TOLERANCE, pixels, relative_error, tiny_config
+from helpers import EVERY_FEATURE_MODE, FEATURE_MODES, IMPLEMENTATIONS, TOLERANCE, pixels, relative_error, tiny_config
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
 
@@ -70,9 +70,38 @@ def test_pixels_that_are_no_tensor_are_an_error(tiny_model, pixel_values):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
 def test_integer_pixels_are_an_error(tiny_model, dtype):
-    """Pins raw pictures fed without normalisation, which would be computed on as if they were normalised."""
+    """Pins raw images fed without normalisation, which would be computed on as if they were normalised."""
     with pytest.raises(TypeError, match=str(dtype)):
         tiny_model(torch.zeros(1, 3, 64, 64, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, "nested"])
+def test_pixels_that_are_not_dense_are_an_error(tiny_model, layout):
+    """Pins an error of a convolution's, about a kernel that does not exist."""
+    pixel_values = torch.nested.nested_tensor([*pixels()]) if layout == "nested" else pixels().to_sparse()
+    with pytest.raises(TypeError, match=f"`pixel_values` has to be a dense tensor, got .*{layout}"):
+        tiny_model(pixel_values)
+
+
+def test_pixels_without_values_are_an_error_and_so_is_a_model_without_weights(tiny_model):
+    """Pins the meta device, on which half of a computation ends in an error about devices."""
+    with pytest.raises(ValueError, match="`pixel_values` is on meta and the model on cpu"):
+        tiny_model(pixels().to("meta"))
+    with pytest.raises(ValueError, match="`pixel_values` is on cpu and the model on meta"):
+        tiny_model.to("meta")(pixels())
+
+
+@pytest.mark.parametrize("stage", ["sam_model", "vision_model"])
+@pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
+def test_stages_may_be_of_different_precision(feature_mode, stage):
+    """Pins SAM in float32 in front of CLIP in bfloat16: each casts what it is given."""
+    model = DeepSeekOCRVisionModel(tiny_config(feature_mode=feature_mode))
+    expected = model(pixels()).last_hidden_state
+    getattr(model, stage).to(torch.bfloat16)
+    outputs = model(pixels()).last_hidden_state
+    outputs.sum().backward()
+    assert outputs.dtype == torch.float32
+    assert relative_error(outputs, expected) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -105,7 +134,7 @@ def test_train_and_eval_compute_the_same(tiny_model):
 
 @pytest.mark.parametrize("feature_mode", FEATURE_MODES)
 def test_a_row_alone_equals_the_row_in_its_batch(feature_mode):
-    """Pins that pictures do not look at each other."""
+    """Pins that images do not look at each other."""
     model = DeepSeekOCRVisionModel(tiny_config(feature_mode=feature_mode))
     batch = pixels(3, 192, 128)
     together = model(batch).last_hidden_state
@@ -114,7 +143,7 @@ def test_a_row_alone_equals_the_row_in_its_batch(feature_mode):
 
 
 def test_a_row_of_nan_does_not_reach_the_other_rows(tiny_model):
-    """Pins faults in one picture staying in it."""
+    """Pins faults in one image staying in it."""
     batch = pixels(2)
     expected = tiny_model(batch).last_hidden_state[0]
     batch[1, 0, 5, 5] = float("nan")

@@ -24,7 +24,7 @@ from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisi
 
 FP32 = TOLERANCE[torch.float32]
 IMAGE_TOKEN = 31
-# Three pictures: 2 columns x 3 rows of tiles, none, and 2 columns x 1 row.
+# Three images: 2 columns x 3 rows of tiles, none, and 2 columns x 1 row.
 TILES = {"num_local_patches": [6, 0, 2], "patches_grid": [[2, 3], [1, 1], [2, 1]]}
 
 
@@ -41,7 +41,7 @@ def model_of(feature_mode: str = "sequence", **fields) -> DeepSeekOCRVisionModel
 # The order of the tokens
 
 
-def test_the_sequence_is_a_picture_s_rows_with_a_newline_each_and_a_separator_at_the_end():
+def test_the_sequence_is_an_image_s_rows_with_a_newline_each_and_a_separator_at_the_end():
     """Pins every place in the released sequence of a page: 2 x 3 + 1 tokens."""
     model = model_of()
     projected = model_of("projected")
@@ -94,10 +94,10 @@ def oracle_of(model: DeepSeekOCRVisionModel):
 
 
 def test_the_sequence_is_that_of_unlimited_ocr_and_so_are_its_gradients():
-    """Pins the whole assembly against transformers' own, tiles and all: to the pixels and to both marks."""
+    """Pins the whole assembly against transformers' own, tiles and all: to the pixels and to both special tokens."""
     model = model_of()
     oracle = oracle_of(model)
-    marks = {"image_newline": "image_newline", "view_seperator": "view_separator"}
+    special_tokens = {"image_newline": "image_newline", "view_seperator": "view_separator"}
     results = []
     for module in (model, oracle):
         batch = inputs()
@@ -111,7 +111,7 @@ def test_the_sequence_is_that_of_unlimited_ocr_and_so_are_its_gradients():
         weighting = torch.Generator().manual_seed(2)
         sum((row * torch.randn(row.shape, generator=weighting)).mean() for row in rows).backward()
         gradients = [batch["pixel_values"].grad, batch["pixel_values_local"].grad]
-        gradients += [getattr(module, names[module is oracle]).grad for names in marks.items()]
+        gradients += [getattr(module, names[module is oracle]).grad for names in special_tokens.items()]
         gradients += [(module.projector.layers if module is model else module.multi_modal_projector).weight.grad]
         results.append((rows, gradients))
     (ours, our_gradients), (theirs, their_gradients) = results
@@ -127,7 +127,7 @@ def test_the_sequence_is_that_of_unlimited_ocr_and_so_are_its_gradients():
 
 @pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
 def test_every_parameter_gets_a_gradient_with_tiles(feature_mode):
-    """Pins a mark or a part that a mode has and does not use."""
+    """Pins a special token or a part that a mode has and does not use."""
     model = model_of(feature_mode)
     outputs = model(**inputs())
     (outputs.last_hidden_state * torch.randn_like(outputs.last_hidden_state)).mean().backward()
@@ -146,7 +146,7 @@ def passes(model: DeepSeekOCRVisionModel, batch: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
-def test_batches_with_many_few_and_no_tiles_and_no_pictures_take_the_same_way(feature_mode):
+def test_batches_with_many_few_and_no_tiles_and_no_images_take_the_same_way(feature_mode):
     """Pins processes that share weights: each waits at each block for the others, forward and backward."""
     batches = [inputs() for _ in range(4)]
     batches[1] = {name: value[1:2] for name, value in batches[1].items()} | {
@@ -177,7 +177,7 @@ def test_an_empty_batch_of_tiles_touches_the_weights_and_adds_nothing():
 
 
 def test_all_pages_are_encoded_in_one_pass_and_all_tiles_in_another():
-    """Pins a loop over pictures, which would leave the accelerator idle."""
+    """Pins a loop over images, which would leave the accelerator idle."""
     model = model_of()
     shapes = []
     model.sam_model.register_forward_pre_hook(lambda _, arguments: shapes.append(tuple(arguments[0].shape)))
@@ -186,8 +186,8 @@ def test_all_pages_are_encoded_in_one_pass_and_all_tiles_in_another():
 
 
 @pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
-def test_a_picture_alone_equals_the_picture_in_its_batch(feature_mode):
-    """Pins tiles of one picture in the tokens of another."""
+def test_an_image_alone_equals_the_image_in_its_batch(feature_mode):
+    """Pins tiles of one image in the tokens of another."""
     model = model_of(feature_mode).eval()
     batch, start = inputs(), 0
     outputs = model(**batch)
@@ -217,8 +217,8 @@ def test_hidden_states_and_attention_come_for_pages_and_tiles(wanted):
     assert [value.shape for value in plain] == [(3, 37, 48), (3, 48), (3, 37)]
 
 
-def test_under_autocast_the_marks_are_of_the_tokens_dtype():
-    """Pins mixed precision: concatenated with float32 marks, all tokens would come out in float32."""
+def test_under_autocast_the_special_tokens_are_of_the_tokens_dtype():
+    """Pins mixed precision: concatenated with float32 special tokens, all tokens would come out in float32."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model_of()(**inputs()).last_hidden_state.dtype == torch.bfloat16
     model = model_of().double()
@@ -241,8 +241,8 @@ def test_under_autocast_the_marks_are_of_the_tokens_dtype():
         ({"pixel_values_local": None}, ValueError, "but there are no `pixel_values_local`"),
         ({"num_local_patches": None}, TypeError, "`num_local_patches` is None"),
         ({"patches_grid": None}, TypeError, "`patches_grid` is None"),
-        ({"num_local_patches": [6, 2]}, ValueError, "`num_local_patches` has 2 entries for 3 pictures"),
-        ({"patches_grid": [[2, 3]]}, ValueError, "`patches_grid` has 1 entries for 3 pictures"),
+        ({"num_local_patches": [6, 2]}, ValueError, "`num_local_patches` has 2 entries for 3 images"),
+        ({"patches_grid": [[2, 3]]}, ValueError, "`patches_grid` has 1 entries for 3 images"),
         ({"num_local_patches": [6, -1, 3]}, ValueError, r"num_local_patches\[1\]` is -1"),
         ({"num_local_patches": [6.0, 0, 2]}, TypeError, "`num_local_patches` .* has to hold integers"),
         ({"num_local_patches": torch.tensor(8)}, TypeError, "`num_local_patches` is tensor"),
@@ -253,7 +253,7 @@ def test_under_autocast_the_marks_are_of_the_tokens_dtype():
     ],
 )
 def test_tiles_that_do_not_fit_are_an_error_before_anything_is_computed(changed, error, message):
-    """Pins a picture's tiles counted to the next one: the numbers would add up, and the tokens be wrong."""
+    """Pins an image's tiles counted to the next one: the numbers would add up, and the tokens be wrong."""
     model = model_of()
     model.sam_model.register_forward_pre_hook(lambda *_: pytest.fail("pages were encoded"))
     with pytest.raises(error, match=message):
@@ -261,7 +261,7 @@ def test_tiles_that_do_not_fit_are_an_error_before_anything_is_computed(changed,
 
 
 def test_what_unlimited_ocr_s_processor_gives_without_tiles_is_taken():
-    """Pins a batch of small pictures, for which that one leaves `pixel_values_local` out."""
+    """Pins a batch of small images, for which that one leaves `pixel_values_local` out."""
     model = model_of()
     outputs = model(pixels(), num_local_patches=[0, 0], patches_grid=[[1, 1], [1, 1]])
     assert torch.equal(outputs.last_hidden_state, model(pixels()).last_hidden_state)
@@ -270,8 +270,8 @@ def test_what_unlimited_ocr_s_processor_gives_without_tiles_is_taken():
 # Weights
 
 
-def test_the_marks_come_from_a_released_checkpoint_and_go_back_into_one(tmp_path):
-    """Pins their spelling, and that a trained mark is written where the released model reads it."""
+def test_the_special_tokens_come_from_a_released_checkpoint_and_go_back_into_one(tmp_path):
+    """Pins their spelling, and that a trained special token is written where the released model reads it."""
     model = model_of()
     base = write_checkpoint(tmp_path / "base", released_tensors(model), model.config, num_shards=2)
     loaded = DeepSeekOCRVisionModel.from_deepseek_ocr(base, feature_mode="sequence")
@@ -287,8 +287,8 @@ def test_the_marks_come_from_a_released_checkpoint_and_go_back_into_one(tmp_path
     assert torch.equal(tensors["model.view_seperator"], model.view_seperator - 1)
 
 
-def test_a_checkpoint_without_marks_is_an_error_that_names_them(tmp_path):
-    """Pins random marks under a mere warning."""
+def test_a_checkpoint_without_special_tokens_is_an_error_that_names_them(tmp_path):
+    """Pins random special tokens under a mere warning."""
     model_of("projected").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="2 tensors are missing: image_newline, view_seperator"):
         DeepSeekOCRVisionModel.from_pretrained(tmp_path, feature_mode="sequence")
@@ -306,7 +306,7 @@ def test_unlimited_ocr_s_own_spelling_of_the_separator_is_read(tmp_path):
 
 
 def test_a_saved_model_loads_bit_for_bit_and_other_modes_take_what_they_need(tmp_path):
-    """Pins the marks in a folder of ours."""
+    """Pins the special tokens in a folder of ours."""
     model = model_of().eval()
     model.save_pretrained(tmp_path)
     loaded = DeepSeekOCRVisionModel.from_pretrained(tmp_path)
@@ -316,8 +316,8 @@ def test_a_saved_model_loads_bit_for_bit_and_other_modes_take_what_they_need(tmp
     assert not hasattr(poorer, "image_newline")
 
 
-def test_new_marks_are_drawn_and_a_seed_draws_the_same_ones():
-    """Pins marks that stay zero, and so equal: a newline that is no other token than the separator."""
+def test_new_special_tokens_are_initialised_and_a_seed_gives_the_same_ones():
+    """Pins special tokens that stay zero, and so equal: a newline that is no other token than the separator."""
     torch.manual_seed(3)
     model = model_of()
     torch.manual_seed(3)
@@ -340,7 +340,7 @@ def test_compiled_and_exported_the_sequence_of_pages_is_the_same():
 
 
 def test_llava_takes_the_sequence_in_place_of_its_placeholders():
-    """Pins the released tokens in front of another language model, marks trained with the rest."""
+    """Pins the released tokens in front of another language model, special tokens trained with the rest."""
     text_config = LlamaConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, pad_token_id=0
     )

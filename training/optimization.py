@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_number
 
-# As timm's and BEiT's `no_weight_decay`: tables of positions are pulled to nothing by weight decay. In BEiT those of
-# relative positions count too.
-_POSITION_TABLES = ("pos_embed", "rel_pos_h", "rel_pos_w", "position_embedding.weight")
+
+# As timm's and BEiT's `no_weight_decay`: weight decay would pull tables of positions to zero. BEiT counts those of
+# relative positions, too.
+_POSITION_TABLES = {"pos_embed", "rel_pos_h", "rel_pos_w", "position_embedding"}
 
 
 def layer_decay_groups(
@@ -39,32 +41,31 @@ def layer_decay_groups(
         the layer group, with the encoder's place in the model in front; of what is outside, `other`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or an argument no number.
         ValueError: An argument is out of its range, or there is no encoder in `model`.
     """
-    _check_arguments(model, learning_rate, layer_decay, weight_decay)
-    places = _places(model, layer_decay)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` has to be a torch.nn.Module, got a {type(model).__name__}.")
+    learning_rate = require_number("learning_rate", learning_rate, above=0)
+    layer_decay = require_number("layer_decay", layer_decay, above=0, at_most=1)
+    weight_decay = require_number("weight_decay", weight_decay, at_least=0)
+    places, tables = _places(model, layer_decay), _position_tables(model)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             group, scale = places.get(id(parameter), ("other", 1.0))
-            decays = parameter.ndim > 1 and not name.endswith(_POSITION_TABLES)
+            decays = parameter.ndim > 1 and id(parameter) not in tables
             fields = {"name": group, "lr": learning_rate * scale, "weight_decay": weight_decay if decays else 0.0}
             groups.setdefault((group, decays), fields | {"params": []})["params"].append(parameter)
     return list(groups.values())
 
 
-def _check_arguments(model: Any, learning_rate: float, layer_decay: float, weight_decay: float) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` has to be a torch.nn.Module, got a {type(model).__name__}.")
-    checks = (
-        ("learning_rate", learning_rate, 0 < learning_rate < float("inf"), "a positive number"),
-        ("layer_decay", layer_decay, 0 < layer_decay <= 1, "above 0 and at most 1"),
-        ("weight_decay", weight_decay, 0 <= weight_decay < float("inf"), "0 or a positive number"),
-    )
-    for name, value, is_allowed, allowed in checks:
-        if not is_allowed:
-            raise ValueError(f"`{name}` is {value!r}; it has to be {allowed}.")
+def _position_tables(model: nn.Module) -> set[int]:
+    """The `id` of every parameter that is a table of positions, or that one is computed from, as in a parametrization,
+    under any of its names.
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    return {id(parameter) for name, parameter in named if _POSITION_TABLES.intersection(name.split("."))}
 
 
 def _places(model: nn.Module, layer_decay: float) -> dict[int, tuple[str, float]]:
