@@ -1,6 +1,7 @@
-"""Broken image files, many of them: each is read, or refused with an error that names it.
+"""Broken image files and PDFs, many of them: each is read, or refused with an error that names it.
 
     python tests/fuzz_images.py --number 2000
+    python tests/fuzz_images.py --number 200 --pdf
 
 The files are of every format that is read, and of the kinds that Pillow does not write; bytes of them are changed,
 left out, doubled or cut off. The same seed gives the same files.
@@ -22,7 +23,8 @@ import numpy as np
 from image_files import exif, png, tiff
 from PIL import Image
 
-from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor
+from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
+from deepseek_ocr_vision.encoding import encode_pages, load_pages
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import IMAGE_FORMATS
 
 
@@ -30,6 +32,9 @@ SLOW = 2.0
 """Seconds of the processor from which on a file counts as one that hangs."""
 MAX_PIXELS = 4_000_000
 """Above this, files that only claim to be large are refused, which Pillow otherwise does at 179 million."""
+
+
+AS_PAGES = DeepSeekOCRVisionImageProcessor(size=64)
 
 
 def sound_files() -> dict[str, bytes]:
@@ -94,11 +99,11 @@ def broken_files(number: int, seed: int) -> Iterator[tuple[str, bytes]]:
         yield f"{index:05}-{kind.replace(';', '')}.dat", mutated(sound[kind], draw)
 
 
-def outcome_of(path: Path, image_processor: DeepSeekOCRVisionImageProcessor) -> str:
+def outcome_of(path: Path) -> str:
     """What reading a file came to: "read", "refused", or what should not happen."""
     start = time.process_time()
     try:
-        pixel_values = image_processor([path], return_tensors="np").pixel_values
+        pixel_values = AS_PAGES([path], return_tensors="np").pixel_values
         outcome = "read" if np.isfinite(pixel_values).all() else "NaN"
     except (OSError, ValueError) as error:
         outcome = "refused" if f"images[0] ({path})" in str(error) else f"no name in {error!r}"
@@ -116,7 +121,6 @@ def fuzz(number: int, seed: int, folder: Path) -> tuple[Counter, list[str]]:
         seed: Which.
         folder: Where they are written; those that are fine are removed again.
     """
-    image_processor = DeepSeekOCRVisionImageProcessor(size=64)
     outcomes: Counter = Counter()
     faults = []
     for name, content in broken_files(number, seed):
@@ -124,7 +128,7 @@ def fuzz(number: int, seed: int, folder: Path) -> tuple[Counter, list[str]]:
         path.write_bytes(content)
         with warnings.catch_warnings(), mock.patch.object(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS // 2):
             warnings.simplefilter("ignore")
-            outcome = outcome_of(path, image_processor)
+            outcome = outcome_of(path)
         if outcome in ("read", "refused"):
             outcomes[outcome] += 1
             path.unlink()
@@ -134,15 +138,40 @@ def fuzz(number: int, seed: int, folder: Path) -> tuple[Counter, list[str]]:
     return outcomes, faults
 
 
+def fuzz_pdfs(number: int, seed: int, folder: Path) -> tuple[Counter, list[str]]:
+    """Encode that many broken PDFs, as `deepseek-ocr-vision encode` does; every file has a page or a problem.
+
+    Args:
+        number: How many.
+        seed: Which.
+        folder: Where they are written, and the tokens beside them.
+    """
+    draw, file = random.Random(seed), io.BytesIO()
+    page = Image.new("RGB", (64, 96), "white")
+    page.save(file, "PDF", save_all=True, append_images=[page.convert("L"), page.convert("1")])
+    (folder / "pdfs").mkdir()
+    names = [str(folder / "pdfs" / f"{index:05}.pdf") for index in range(number)]
+    for name in names:
+        Path(name).write_bytes(mutated(file.getvalue(), draw))
+    model = DeepSeekOCRVisionModel(DeepSeekOCRVisionConfig.tiny()).eval()
+    options = {"num_workers": 1, "timeout": 10, "show_progress": False, "dpi": 72}
+    summary = encode_pages([folder / "pdfs"], model, AS_PAGES, out=folder / "tokens", **options)
+    refused = {problem.source for problem in summary.problems}
+    read = set(load_pages(folder / "tokens")["source"])
+    outcomes = Counter({"pages read": summary.num_pages, "files refused": len(refused), "files read": len(read)})
+    return outcomes, [f"{name}: neither read nor refused" for name in names if name not in refused | read]
+
+
 def main() -> int:
     """Read broken files and say what became of them. The exit code is 1 if one was a fault."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--number", type=int, default=2000, help="how many files (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="which files (default: 0)")
+    parser.add_argument("--pdf", action="store_true", help="PDFs in place of images")
     parser.add_argument("--folder", type=Path, help="where files that are faults stay; a new one by default")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp())
-    outcomes, faults = fuzz(options.number, options.seed, folder)
+    outcomes, faults = (fuzz_pdfs if options.pdf else fuzz)(options.number, options.seed, folder)
     sys.stdout.write("\n".join([*faults, ", ".join(f"{count} {name}" for name, count in outcomes.items()), ""]))
     return 1 if faults else 0
 

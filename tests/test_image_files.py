@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from fuzz_images import fuzz
+from fuzz_images import fuzz, fuzz_pdfs
 from helpers import ROOT
 from image_files import TIFF_TYPES, exif, png, tiff
 from PIL import EpsImagePlugin, Image, ImageOps
@@ -306,3 +306,11 @@ def test_broken_files_are_read_or_refused_by_name(tmp_path):
     outcomes, faults = fuzz(250, 1, tmp_path)
     assert faults == []
     assert min(outcomes["read"], outcomes["refused"]) > 20
+
+
+def test_broken_pdfs_are_encoded_or_named(tmp_path):
+    """Pins a document that is neither among the pages nor among the problems, or that ends the run."""
+    pytest.importorskip("pypdfium2", reason="pypdfium2 is not installed: pip install 'deepseek-ocr-vision[encode]'")
+    outcomes, faults = fuzz_pdfs(20, 1, tmp_path)
+    assert faults == []
+    assert min(outcomes["files read"], outcomes["files refused"]) > 2
