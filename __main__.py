@@ -6,10 +6,12 @@ Thin over the package: `extract` is `from_deepseek_ocr`, `write-back` is `write_
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,21 +88,25 @@ def show(options: argparse.Namespace) -> int:
 def encode(options: argparse.Namespace) -> int:
     """Encode pages into a table of tokens."""
     choices = {name: getattr(options, name) for name in ("preset", "mode", "feature_mode", "dtype")}
-    names = ("out", "tokens", "batch_size", "num_workers", "pages_per_file", "dpi", "split", "image_column")
+    names = ("out", "tokens", "batch_size", "num_workers", "pages_per_file", "dpi", "split", "image_column", "shard")
+    names += ("ray", "num_encoders", "gpus_per_encoder")
     fields = {name: getattr(options, name) for name in names}
+    fields["timeout"] = options.timeout if options.num_workers else None
+    if options.progress_json:
+        fields |= {"show_progress": False, "on_progress": _write_progress}
     try:
         model, image_processor = load_encoder(options.model, **choices)
+        is_here = options.ray is None  # Ray moves what it has
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        model.to(options.device or accelerator)
-        if model.device.type == "cpu":
+        model.to((options.device or accelerator) if is_here else "cpu")
+        if is_here and model.device.type == "cpu":
             height, width = (image_processor.size[side] for side in ("height", "width"))
             fit_threads(model, num_pixels=options.batch_size * height * width)
-        timeout = options.timeout if options.num_workers else None
-        summary = encode_pages(options.inputs, model, image_processor, timeout=timeout, **fields)
+        summary = encode_pages(options.inputs, model, image_processor, **fields)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. What is finished stays; the same command goes on from there.\n")
         return INTERRUPTED
-    sys.stdout.write(f"{options.out}: {summary}\n")
+    (sys.stderr if options.progress_json else sys.stdout).write(f"{options.out}: {summary}\n")
     if not summary.problems:
         return 0
     return SOME_FAILED if summary.num_pages else FAILED
@@ -114,19 +120,20 @@ def read(options: argparse.Namespace) -> int:
 
     prompt = prompt_of(options.prompt)
     where = {"dpi": options.dpi, "split": "train", "image_column": "image", "num_workers": 0, "timeout": None}
-    sources, pages, problems = find_pages(options.pages, **where)
+    found = find_pages(options.pages, **where)
     names = ("mode", "dtype", "device", "revision", "cache_dir")
     model, processor = load_reader(options.model, **{name: getattr(options, name) for name in names})
     names = ("max_new_tokens", "ngram_size", "window_size")
     choices = {name: getattr(options, name) for name in names} | {"prompt": prompt}
-    failed = [f"{problem.source}: {problem.error}" for problem in problems]
+    failed = [f"{problem.source}: {problem.error}" for problem in found.problems]
+    sys.stderr.writelines(f"Left out ({kind}): {', '.join(names)}\n" for kind, names in found.left_out.items())
     num_read = 0
-    for page in pages:
+    for page in found.pages:
         name = f"{page.source}, page {page.number + 1}"
         sys.stderr.write(f"{name}\n")
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
-            read_page(model, processor, sources[page.source].read(page), **choices, streamer=streamer)
+            read_page(model, processor, found.sources[page.source].read(page), **choices, streamer=streamer)
             num_read += 1
         except (OSError, ValueError) as error:
             failed.append(f"{name}: {error}")
@@ -134,6 +141,19 @@ def read(options: argparse.Namespace) -> int:
     if not failed:
         return 0
     return SOME_FAILED if num_read else FAILED
+
+
+def _write_progress(progress: dict[str, Any]) -> None:
+    sys.stdout.write(f"{json.dumps(progress)}\n")
+    sys.stdout.flush()
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        number, num_shards = map(int, text.split("/"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 0/8") from error
+    return number, num_shards
 
 
 def _sheets(pages: Sequence[Path], out: str | None) -> list[Path]:
@@ -313,6 +333,29 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
         help="how tokens are stored; none: their mean alone (default: as they are computed)",
     )
     parser.add_argument("--pages-per-file", type=int, default=128, help="pages of a part (default: %(default)s)")
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="encode the I-th of N shares of the pages, from 0, as one of several commands that share them",
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="by actors of Ray, on a cluster at ADDRESS or, without it, on this machine",
+    )
+    parser.add_argument("--encoders", type=int, default=1, dest="num_encoders", help="on Ray (default: %(default)s)")
+    parser.add_argument(
+        "--gpus-per-encoder", type=float, default=0, help="on Ray; may be a fraction (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--progress-json",
+        action="store_true",
+        help="a line of JSON every few seconds in place of the bar: pages, errors, rate, the encoder's share",
+    )
     parser.add_argument("--dpi", type=float, default=144, help="that PDFs are drawn with (default: %(default)s)")
     parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
     parser.add_argument("--image-column", default="image", help="of a dataset (default: %(default)s)")

@@ -1,29 +1,30 @@
-"""Pages of any number through an encoder: `encode_pages`.
+"""Pages of any number through an encoder: `encode_pages`, and `EncodePages` for those who own the loop.
 
-Workers read and prepare pages, the encoder computes, and parts of a table come out, each whole. What is in the table
-is not computed again, so a start after an interruption takes what is left.
+What is in the table is not computed again, so a start after an interruption takes what is left, whatever was started
+before: one process, several that share the pages, or Ray.
 """
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import (
+    list_some,
     require_choice,
     require_integer,
     require_number,
 )
-from deepseek_ocr_vision.encoding.encoder import Encoder, Inputs, Page
-from deepseek_ocr_vision.encoding.processes import map_in_processes
-from deepseek_ocr_vision.encoding.sources import Source, close_documents, find_pages
-from deepseek_ocr_vision.encoding.table import STORED_TYPES, Problem, TokenTable
+from deepseek_ocr_vision.encoding.encoder import Encoder, Page
+from deepseek_ocr_vision.encoding.on_ray import encode_on_ray
+from deepseek_ocr_vision.encoding.processes import attempt, map_in_processes
+from deepseek_ocr_vision.encoding.sources import File, Prepare, Source, close_documents, find_pages, printable
+from deepseek_ocr_vision.encoding.table import ERRORS, STORED_TYPES, Problem, TokenTable
 
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 _PART_BYTES = 1 << 28
+_SECONDS_BETWEEN_REPORTS = 5
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,17 @@ class Summary:
         num_pages: Pages of the inputs that are stored now.
         num_new: How many of them this call computed.
         problems: What could not be encoded, as in `errors.jsonl`.
+        left_out: What was found in folders and is no image or document, and images of which the first frame alone was
+            encoded; names by kind.
         seconds: How long it took.
-        busy: Share of that time in [0, 1] in which the encoder computed. The rest is waiting for pages to be read and
+        busy: Share of that time in [0, 1] in which an encoder computed. The rest is waiting for pages to be read and
             prepared, and writing.
     """
 
     num_pages: int
     num_new: int
     problems: list[Problem]
+    left_out: dict[str, list[str]]
     seconds: float
     busy: float
 
@@ -59,6 +64,9 @@ class Summary:
             parts.append(f"{rate:.1f} a second, the encoder at work {self.busy:.0%} of the time")
         if self.problems:
             parts.append(f"{len(self.problems):,} could not be encoded, see errors.jsonl")
+        parts += [
+            f"left out {len(names):,} ({kind}): {list_some(names, most=3)}" for kind, names in self.left_out.items()
+        ]
         return "; ".join(parts) + "."
 
 
@@ -76,7 +84,12 @@ def encode_pages(
     dpi: float = 144,
     split: str = "train",
     image_column: str = "image",
+    shard: tuple[int, int] = (0, 1),
+    ray: str | None = None,
+    num_encoders: int = 1,
+    gpus_per_encoder: float = 0,
     show_progress: bool = True,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Summary:
     """Encode images, PDFs and datasets into a table of tokens.
 
@@ -86,14 +99,13 @@ def encode_pages(
     again.
 
     Args:
-        inputs: Image files, PDFs, folders of them (all that is in them, hidden files aside), folders that
-            `Dataset.save_to_disk` wrote, and names of datasets on the Hub.
+        inputs: Image files, PDFs, folders of them (all that is in them), folders that `Dataset.save_to_disk` wrote,
+            and names of datasets on the Hub. Each frame of a TIFF is a page, of an animation the first.
         model: The encoder, on its device.
         image_processor: Its image processor, in any preset and mode.
         out: Folder or URL to write, a new one or one with tokens of the same settings.
         tokens: How tokens are stored: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"` (scaled for each token), or
-            `"none"`, for their mean alone. Defaults to the model's dtype, which is exact. A page of 256 tokens, 1024
-            wide, takes 1 MB in 32 bits.
+            `"none"`, for their mean alone. Defaults to the model's dtype, which is exact.
         batch_size: Pages that pass through the model at once, as far as they are of one size.
         num_workers: Processes that read and prepare pages while the model computes. With 0, it waits for them.
         timeout: Seconds in which a worker has to prepare a page, or open a document; then it is left out.
@@ -102,94 +114,131 @@ def encode_pages(
         dpi: Pixels an inch that the pages of PDFs are rendered with. DeepSeek's own code for PDFs has 144.
         split: Of a dataset.
         image_column: Of a dataset: images, or paths of images.
+        shard: Which share of the pages to encode, counted from 0, and of how many. Shares have about as many pages
+            each, and none in common; the problems are in a file for each.
+        ray: Address of a Ray cluster, or `"local"`: actors of Ray read, encode and write.
+        num_encoders: Encoders on Ray.
+        gpus_per_encoder: GPUs of each of them, or a fraction of one.
         show_progress: Whether to draw a bar.
+        on_progress: Called every few seconds and at the end with `pages`, `total`, `errors`, `pages_per_second`,
+            `encoder_share` and `done`.
 
     Raises:
-        ImportError: pyarrow is not installed, or there is a PDF and pypdfium2 is not, or a dataset and `datasets`.
+        ImportError: pyarrow or Ray is not installed, or there is a PDF and pypdfium2 is not, or a dataset and
+            `datasets` is not.
         OSError: An input does not exist, or the disk is full: then what is finished stays, and the next call goes on.
         TypeError: An argument is of another type, or a column holds something else.
         ValueError: An argument has a value that is not allowed; there is no page in the inputs; `out` holds something
             else, or tokens of other settings, which are named.
     """
-    _check_inputs(inputs)
-    tokens = require_choice("tokens", tokens or str(model.dtype).removeprefix("torch."), STORED_TYPES)
-    require_number("dpi", dpi, at_least=1, at_most=2400)
-    require_integer("num_workers", num_workers, at_least=0 if timeout is None else 1)
-    if timeout is not None:
-        require_number("timeout", timeout, above=0)
-    require_integer("batch_size", batch_size, at_least=1)
-    require_integer("pages_per_file", pages_per_file, at_least=1)
-    workers = {"num_workers": num_workers, "timeout": timeout}
-    found = find_pages(inputs, dpi=dpi, split=split, image_column=image_column, **workers)
-    sources, pages, problems = found
-    if not pages and not problems:
-        raise ValueError(f"There are no images, PDFs or pages in {[os.fspath(each) for each in inputs]}.")
-    encoder = Encoder(model, image_processor, tokens, batch_size)
-    table = TokenTable(out, encoder.settings(dpi=dpi))
-    try:
-        table.forget_problems()
-        for problem in problems:
-            table.note(problem)
-        work = encode_missing(table, encoder, sources, pages, pages_per_file=pages_per_file, **workers)
-        started, num_new, computed = time.perf_counter(), 0, 0.0
-        stored = sum(page.id in table for page in pages)
-        with tqdm(total=len(pages), initial=stored, unit="page", desc="Encoding", disable=not show_progress) as bar:
-            for rows in work:
-                for row in rows.select(["source", "page", "seconds", "error"]).to_pylist():
-                    if row["error"] is None:
-                        num_new, computed = num_new + 1, computed + row["seconds"]
-                    else:
-                        problems.append(Problem(row["source"], row["page"], row["error"]))
-                        table.note(problems[-1])
-                bar.update(len(rows))
-        seconds = time.perf_counter() - started
-    finally:
-        table.close()
-    num_pages = sum(page.id in table for page in pages)
-    return Summary(num_pages, num_new, problems, seconds, computed / max(seconds, 1e-9))
-
-
-def _check_inputs(inputs: Any) -> None:
     if isinstance(inputs, str | os.PathLike) or not inputs:
         raise ValueError(f"`inputs` is {inputs!r}; it has to be a list of files, folders or datasets, at least one.")
+    tokens = require_choice("tokens", tokens or str(model.dtype).removeprefix("torch."), STORED_TYPES)
+    require_number("dpi", dpi, at_least=1, at_most=2400)
+    require_integer("num_workers", num_workers, at_least=0 if timeout is None and ray is None else 1)
+    require_number("timeout", 1 if timeout is None else timeout, above=0)
+    require_integer("batch_size", batch_size, at_least=1)
+    require_integer("pages_per_file", pages_per_file, at_least=1)
+    require_integer("num_encoders", num_encoders, at_least=1)
+    require_number("gpus_per_encoder", gpus_per_encoder, at_least=0)
+    number, num_shards = shard
+    require_integer("shard[1]", num_shards, at_least=1)
+    require_integer("shard[0]", number, at_least=0, at_most=num_shards - 1)
+
+    options = {"num_workers": num_workers, "timeout": timeout}
+    found = find_pages(inputs, dpi=dpi, split=split, image_column=image_column, **options)
+    if not found.pages and not found.problems:
+        raise ValueError(f"There are no images, PDFs or pages in {[os.fspath(each) for each in inputs]}.")
+    problems = found.problems if number == 0 else []
+    pages = [page for page in found.pages if int(page.id[:12], 16) % num_shards == number]
+    encoder = Encoder(model, image_processor, tokens, batch_size)
+    errors = ERRORS if num_shards == 1 else f"errors-{number}-of-{num_shards}.jsonl"
+    table = TokenTable(out, encoder.settings(dpi=dpi), errors=errors)
+    missing = {page.id: page for page in pages if page.id not in table}
+    encode: Callable[..., Iterator[pyarrow.Table]] = encode_locally
+    if ray is not None and missing:
+        encode = encode_on_ray
+        options |= {"address": ray, "num_encoders": num_encoders, "gpus_per_encoder": gpus_per_encoder}
+    progress = _Progress(len(pages), len(pages) - len(missing), 1 if ray is None else num_encoders, on_progress)
+    table.begin_problems(problems)
+    try:
+        with tqdm(total=len(pages), initial=progress.pages, unit="page", disable=not show_progress) as bar:
+            for rows in encode(table, encoder, found.sources, missing, pages_per_file=pages_per_file, **options):
+                for problem in progress.add(rows):
+                    problems.append(problem)
+                    table.note(problem)
+                bar.update(len(rows))
+    finally:
+        table.end_problems()
+    progress.report(is_done=True)
+    table.refresh()
+    num_pages = sum(page.id in table for page in pages)
+    return Summary(num_pages, progress.num_new, problems, dict(found.left_out), progress.seconds, progress.busy)
 
 
-# The loop of one process
+@dataclass
+class _Progress:
+    total: int
+    pages: int
+    num_encoders: int
+    on_progress: Callable[[dict[str, Any]], None] | None
+    num_new: int = 0
+    errors: int = 0
+    computed: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    reported: float = 0.0
+
+    def add(self, rows: "pyarrow.Table") -> Iterator[Problem]:
+        """Take notice of rows; yields why some are not encoded."""
+        for row in rows.select(["source", "page", "seconds", "error"]).to_pylist():
+            if row["error"] is None:
+                self.num_new += 1
+                self.computed += row["seconds"]
+            else:
+                self.errors += 1
+                yield Problem(row["source"], row["page"], row["error"])
+        if self.seconds - self.reported > _SECONDS_BETWEEN_REPORTS:
+            self.report()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def busy(self) -> float:
+        return min(1.0, self.computed / max(self.seconds, 1e-9) / self.num_encoders)
+
+    def report(self, is_done: bool = False) -> None:
+        self.reported = self.seconds
+        if self.on_progress is not None:
+            rate = self.num_new / max(self.seconds, 1e-9)
+            counts = {"pages": self.pages + self.num_new, "total": self.total, "errors": self.errors}
+            self.on_progress(counts | {"pages_per_second": rate, "encoder_share": self.busy, "done": is_done})
 
 
-@dataclass(frozen=True)
-class Prepare:
-    """Reads pages and prepares them as the model takes them; what workers do."""
-
-    sources: Mapping[str, Source]
-    image_processor: Any
-    dtype: torch.dtype
-
-    def __call__(self, page: Page) -> Inputs:
-        inputs = self.image_processor(self.sources[page.source].read(page), return_tensors="pt")
-        # The model casts pixels to its dtype anyway; here it halves what goes from process to process.
-        return {name: value.to(self.dtype) if torch.is_tensor(value) else value for name, value in inputs.items()}
+# One process
 
 
-def encode_missing(
+def encode_locally(
     table: TokenTable,
     encoder: Encoder,
     sources: Mapping[str, Source],
-    pages: Iterable[Page],
+    pages: Mapping[str, Page],
     *,
     num_workers: int,
     timeout: float | None,
     pages_per_file: int,
 ) -> "Iterator[pyarrow.Table]":
-    """Encode the pages that a table lacks and write them, part by part.
+    """Encode pages that a table lacks, by their ids, and write them, part by part.
 
     Yields:
         The rows, with their errors, batch by batch, once they are computed.
     """
-    missing = {page.id: page for page in pages if page.id not in table}
     prepare = Prepare(sources, encoder.image_processor, encoder.model.dtype)
-    workers = {"num_workers": num_workers, "ahead": 2 * encoder.batch_size, "timeout": lambda page: timeout}
-    prepared = map_in_processes(prepare, missing.values(), **workers)
+    ahead = 2 * encoder.batch_size
+    prepared = map_in_processes(
+        prepare, pages.values(), num_workers=num_workers, ahead=ahead, timeout=lambda page: timeout
+    )
     with _Writer(table, pages_per_file) as writer:
         try:
             for rows in encoder.encode(prepared):
@@ -201,7 +250,7 @@ def encode_missing(
 
 
 class _Writer:
-    """Gathers rows for a part and writes it while the next one is computed."""
+    """Gathers rows for a part, and writes it while the next one is computed."""
 
     def __init__(self, table: TokenTable, pages_per_file: int):
         self.table = table
@@ -234,3 +283,68 @@ class _Writer:
                 self.write()
         finally:
             self.thread.shutdown()
+
+
+# A loop of somebody else
+
+
+class EncodePages:
+    """Batches of files to rows of tokens, for `map_batches` of Ray, `map` of datasets or `mapInPandas` of Spark.
+
+    A row is a page: the columns that `encode_pages` stores, and `error`, which says why a file has no tokens.
+
+    Args:
+        model: The encoder on its device, or what `weights.load_encoder` takes: a folder or a Hub id.
+        image_processor: Its image processor, if `model` is an encoder.
+        column: Column of the batch with paths, or with the bytes of files.
+        tokens: How tokens are stored, as for `encode_pages`.
+        batch_size: Pages that pass through the model at once, as far as they are of one size.
+        dpi: Pixels an inch that the pages of PDFs are rendered with.
+        device: Where the encoder computes, if it is to be moved.
+
+    Raises:
+        ValueError: `tokens` is not known.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | os.PathLike,
+        image_processor: Any = None,
+        *,
+        column: str = "path",
+        tokens: str | None = None,
+        batch_size: int = 1,
+        dpi: float = 144,
+        device: str | None = None,
+    ):
+        if isinstance(model, str | os.PathLike):
+            from deepseek_ocr_vision.weights import load_encoder
+
+            model, image_processor = load_encoder(model)
+        tokens = require_choice("tokens", tokens or str(model.dtype).removeprefix("torch."), STORED_TYPES)
+        self.encoder = Encoder(model if device is None else model.to(device), image_processor, tokens, batch_size)
+        self.column = column
+        self.dpi = dpi
+
+    def __call__(self, batch: Any) -> "pyarrow.Table":
+        """The rows of a batch.
+
+        Args:
+            batch: Columns by name: a dictionary, a data frame or an Arrow table.
+        """
+        import pyarrow as pa
+
+        contents = batch[self.column]
+        contents = contents.to_pylist() if hasattr(contents, "to_pylist") else list(contents)
+        tables = self.encoder.encode(self._prepared(contents))
+        return pa.concat_tables(tables).drop_columns(["is_os_error"])
+
+    def _prepared(self, contents: list[str | bytes]) -> Iterator[tuple[Page, Any]]:
+        for number, content in enumerate(contents):
+            name = printable(content) if isinstance(content, str) else f"{self.column} {number} of the batch"
+            file = attempt(lambda content: File.find(content, name=name, dpi=self.dpi), content)  # noqa: B023
+            if not isinstance(file, File):
+                yield Page("", name, 0), file
+                continue
+            prepare = Prepare({name: file}, self.encoder.image_processor, self.encoder.model.dtype)
+            yield from ((page, attempt(prepare, page)) for page in file.pages())

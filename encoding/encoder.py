@@ -91,7 +91,12 @@ class Encoder:
     def _rows(self, batch: Sequence[tuple[Page, Inputs]]) -> "Iterator[pyarrow.Table]":
         started = time.perf_counter()
         tokens = self._tokens([inputs for _, inputs in batch])
-        seconds = (time.perf_counter() - started) / len(batch)
+        yield from self.rows_of(batch, tokens, seconds=(time.perf_counter() - started) / len(batch))
+
+    def rows_of(
+        self, batch: Sequence[tuple[Page, Inputs]], tokens: Sequence[torch.Tensor], *, seconds: float
+    ) -> "Iterator[pyarrow.Table]":
+        """The rows of a batch, of which each took some seconds."""
         rows, kept = [], []
         for (page, inputs), each in zip(batch, tokens, strict=True):
             if not each.isfinite().all():

@@ -54,7 +54,7 @@ def map_in_processes(
     if num_workers == 0:
         yield from ((item, attempt(function, item)) for item in items)
         return
-    workers = [_Worker(function) for _ in range(num_workers)]
+    workers = [Worker(function) for _ in range(num_workers)]
     free, pending = deque(workers), deque()
     threads = ThreadPoolExecutor(num_workers)
 
@@ -79,7 +79,7 @@ def map_in_processes(
         threads.shutdown(cancel_futures=True)
 
 
-class _Worker:
+class Worker:
     """A process that calls a function, and another one in its place when it is killed."""
 
     def __init__(self, function: Callable[[Any], Any]):

@@ -1,39 +1,39 @@
 """What pages are read from: image files, documents and datasets, found among the inputs of `encode_pages`.
 
-Finding reads each file once, for its SHA-256, and decodes nothing. PDFium reads of a document what it needs for a
-page, so that none is ever in memory as a whole.
+Finding reads each file once, for its SHA-256, and decodes nothing. PDFium and Pillow read of a document what they need
+for a page, so that none is ever in memory as a whole.
 """
 
 import hashlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+import torch
 from PIL import Image, ImageOps
 
-from deepseek_ocr_vision.encoding.encoder import Page
+from deepseek_ocr_vision.encoding.encoder import Inputs, Page
 from deepseek_ocr_vision.encoding.processes import Failure, map_in_processes
 from deepseek_ocr_vision.encoding.table import Problem
-from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import open_image
+from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import IMAGE_FORMATS, open_image
 
 
 if TYPE_CHECKING:
     import datasets
-    import pypdfium2
 
 
-IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm"}
-IMAGE_SUFFIXES |= {".tif", ".tiff", ".webp"}
-"""What is taken for an image in a folder. A file that is named itself may have any suffix."""
 PDF_SUFFIX = ".pdf"
 POINTS_PER_INCH = 72
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
 _BYTES_HASHED_A_SECOND = 10_000_000  # at the least, from a slow disk
+_HEIC_SUFFIXES = {".heic", ".heif"}
 Content = str | bytes
 """A file's path, as the system has it, or what is in the file."""
 StoredImage = dict[str, Any] | str | None
@@ -42,9 +42,6 @@ StoredImage = dict[str, Any] | str | None
 
 class Source(Protocol):
     """Something with pages."""
-
-    def pages(self) -> list[Page]:
-        """Its pages."""
 
     def read(self, page: Page) -> Any:
         """One of them as the image processor takes it."""
@@ -55,21 +52,40 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class File:
-    """An image file, whose first frame is its page, or a PDF.
+    """An image, a PDF or a TIFF of several pages.
 
     Attributes:
         content: Its path, or its bytes.
         name: What its pages are stored under.
         digest: SHA-256 of what is in it.
-        num_pages: How many there are, or `None` if it is no document.
-        dpi: Pixels an inch that pages are rendered with.
+        dpi: Pixels an inch that the pages of a PDF are rendered with.
+        num_pages: How many a document has; `None` of an image.
+        num_frames: How many an image has, of which the first is encoded.
     """
 
     content: Content
     name: str
     digest: str
-    num_pages: int | None
     dpi: float
+    num_pages: int | None = None
+    num_frames: int = 1
+
+    @classmethod
+    def find(cls, content: Content, *, name: str, dpi: float) -> "File":
+        """The file, with the number of its pages.
+
+        Raises:
+            OSError: It cannot be read, or is none that is known.
+            ValueError: It is a PDF that is broken, encrypted or without pages.
+        """
+        digest, is_pdf = _digest_and_kind(content)
+        if is_pdf:
+            return cls(content, name, digest, dpi, num_pages=_count_pages(content))
+        with _opened(content) as file, open_image(file, "the file") as image:
+            num_frames = getattr(image, "n_frames", 1)
+            if image.format == "TIFF" and num_frames > 1:
+                return cls(content, name, digest, dpi, num_pages=num_frames)
+        return cls(content, name, digest, dpi, num_frames=num_frames)
 
     def pages(self) -> list[Page]:
         if self.num_pages is None:
@@ -79,42 +95,44 @@ class File:
     def read(self, page: Page) -> Image.Image:
         if self.num_pages is None:
             return image_of(self.content, self.digest)
-        return _rendered(_opened_pdf(self.content, self.digest), page.number, self.dpi)
+        document = _opened_document(self.content, self.digest)
+        if isinstance(document, Image.Image):
+            document.seek(page.number)
+            document.tell = lambda: 0  # the image processor reads the first frame of a file; this is its only one
+            return document
+        return _rendered(document[page.number], self.dpi)
 
 
-def find_file(content: Content, name: str, dpi: float) -> File:
-    """An image or a document, with the number of its pages."""
-    digest, start = digest_of(content)
-    is_document = b"%PDF-" in start or name.lower().endswith(PDF_SUFFIX)
-    return File(content, name, digest, _count_pages(content) if is_document else None, dpi)
+def digest_of(content: Content) -> str:
+    """SHA-256 of what is in a file."""
+    return _digest_and_kind(content)[0]
 
 
-def digest_of(content: Content) -> tuple[str, bytes]:
-    """SHA-256 of a file, and how it begins."""
+def _digest_and_kind(content: Content) -> tuple[str, bool]:
+    """SHA-256, and whether it is a PDF, whose mark stands near the beginning."""
     with _opened(content) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
-        return digest, file.read(1024)
+        return digest, b"%PDF-" in file.read(1024)
 
 
 def _opened(content: Content) -> IO[bytes]:
     return io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")
 
 
-def _require_same(content: Content, digest: str) -> None:
-    if digest_of(content)[0] != digest:
-        raise ValueError("the file changed while it was being encoded.")
-
-
 def image_of(content: Content, digest: str) -> Image.Image:
     """An image, opened, once its file is found to be the one with that SHA-256."""
-    if isinstance(content, str):
-        content = Path(content).read_bytes()
+    content = content if isinstance(content, bytes) else Path(content).read_bytes()
     _require_same(content, digest)
     return open_image(io.BytesIO(content), "the file")
 
 
-# PDFs
+def _require_same(content: Content, digest: str) -> None:
+    if digest_of(content) != digest:
+        raise ValueError("the file changed while it was being encoded.")
+
+
+# Documents
 
 
 def require_pypdfium2() -> Any:
@@ -139,18 +157,21 @@ def _count_pages(content: Content) -> int:
 
 
 @lru_cache(maxsize=1)
-def _opened_pdf(content: Content, digest: str) -> "pypdfium2.PdfDocument":
+def _opened_document(content: Content, digest: str) -> Any:
     _require_same(content, digest)
-    return require_pypdfium2().PdfDocument(content)
+    if not _digest_and_kind(content)[1]:
+        return open_image(_opened(content), "the file")
+    document = require_pypdfium2().PdfDocument(content)
+    document.init_forms()  # or what is filled into a form is not rendered
+    return document
 
 
 def close_documents() -> None:
     """Close the document that this process read last."""
-    _opened_pdf.cache_clear()
+    _opened_document.cache_clear()
 
 
-def _rendered(document: "pypdfium2.PdfDocument", number: int, dpi: float) -> Image.Image:
-    page = document[number]
+def _rendered(page: Any, dpi: float) -> Image.Image:
     try:
         scale = dpi / POINTS_PER_INCH
         width, height = (math.ceil(side * scale) for side in page.get_size())
@@ -212,18 +233,15 @@ class Column:
 
     def cells(self) -> Iterator[list[StoredImage]]:
         """The images of each row."""
-        for start in range(0, len(self.rows), 16):
-            for cell in self.rows[start : start + 16][self.column].to_pylist():
-                yield _as_list(cell)
+        return (self.cell(row) for row in range(len(self.rows)))
+
+    def cell(self, row: int) -> list[StoredImage]:
+        (cell,) = self.rows[row : row + 1][self.column].to_pylist()
+        return cell if isinstance(cell, list) else [] if cell is None else [cell]
 
     def read(self, page: Page) -> Image.Image:
-        (cell,) = self.rows[page.number : page.number + 1][self.column].to_pylist()
-        image = image_of(content_of(_as_list(cell)[page.index]), page.id)
+        image = image_of(content_of(self.cell(page.number)[page.index]), page.id)
         return image if self.mode is None else ImageOps.exif_transpose(image).convert(self.mode)
-
-
-def _as_list(cell: Any) -> list[StoredImage]:
-    return cell if isinstance(cell, list) else [] if cell is None else [cell]
 
 
 def content_of(image: StoredImage) -> Content:
@@ -235,7 +253,41 @@ def content_of(image: StoredImage) -> Content:
     return image["path"] if image["bytes"] is None else image["bytes"]
 
 
+# Preparing
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Reads pages and prepares them as the model takes them; what workers do."""
+
+    sources: Mapping[str, Source]
+    image_processor: Any
+    dtype: torch.dtype
+
+    def __call__(self, page: Page) -> Inputs:
+        inputs = self.image_processor(self.sources[page.source].read(page), return_tensors="pt")
+        # The model casts pixels to its dtype anyway; here it halves what goes from process to process.
+        return {name: value.to(self.dtype) if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
 # Finding
+
+
+@dataclass
+class Found:
+    """What inputs name.
+
+    Attributes:
+        sources: Files and datasets, by name.
+        pages: Their pages.
+        problems: What cannot be opened.
+        left_out: What is no image or document, or not encoded as a whole, by kind.
+    """
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    pages: list[Page] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 def find_pages(
@@ -246,8 +298,8 @@ def find_pages(
     image_column: str,
     num_workers: int,
     timeout: float | None,
-) -> tuple[dict[str, Source], list[Page], list[Problem]]:
-    """The sources that inputs name, their pages, sorted by source and number, and what cannot be opened.
+) -> Found:
+    """The pages that inputs name, sorted by source and number.
 
     Raises:
         FileNotFoundError: There is no such file, folder or dataset.
@@ -255,54 +307,81 @@ def find_pages(
         TypeError: A column of a dataset holds something else than images.
         ValueError: A dataset has no such split or column.
     """
-    sources: dict[str, Source] = {}
-    pages: list[Page] = []
-    problems: list[Problem] = []
-    paths: list[str] = []
+    with suppress(ImportError):  # who has it wants HEIC images to be read
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    found, paths = Found(), {}
     for given in map(os.fspath, inputs):
         if _is_dataset(given):
             column = Column.of(_loaded_dataset(given, split), given, image_column)
-            sources[given] = column
-            _find_rows(column, pages, problems)
+            found.sources[given] = column
+            _find_rows(column, found)
+        elif os.path.isdir(given):
+            paths |= dict.fromkeys(_files_in(given, found.left_out), False)
+        elif os.path.exists(given):
+            paths[given] = True
         else:
-            paths += _files(given)
+            raise FileNotFoundError(f"There is no file, folder or dataset {given!r}.")
     if any(path.lower().endswith(PDF_SUFFIX) for path in paths):
         require_pypdfium2()
-    found = map_in_processes(
-        _Finder(dpi), dict.fromkeys(paths), num_workers=num_workers, ahead=100, timeout=_time_to_find(timeout)
-    )
-    for path, file in found:
-        if isinstance(file, Failure):
-            problems.append(Problem(path, None, file.error))
-        else:
-            sources[file.name] = file
-            pages += file.pages()
-    return sources, sorted(pages, key=lambda page: page[1:]), sorted(problems, key=lambda each: each.source)
+    limit = partial(_seconds_to_find, timeout)
+    for path, file in map_in_processes(
+        partial(_find_file, dpi), paths, num_workers=num_workers, ahead=100, timeout=limit
+    ):
+        _sort_in(path, file, found, is_named=paths[path])
+    found.pages.sort(key=lambda page: page[1:])
+    found.problems.sort(key=lambda each: (each.source, each.page or 0))
+    return found
 
 
-@dataclass(frozen=True)
-class _Finder:
-    dpi: float
-
-    def __call__(self, path: str) -> File:
-        return find_file(path, path, self.dpi)
+def _find_file(dpi: float, path: str) -> File:
+    if not os.path.isfile(path):
+        raise FileNotFoundError("it is no file, or a link to one that is not there.")
+    return File.find(path, name=printable(path), dpi=dpi)
 
 
-def _time_to_find(timeout: float | None) -> Callable[[str], float | None]:
+def printable(path: str) -> str:
+    r"""A path as text that can be stored; bytes that are not UTF-8 as `\xff`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _seconds_to_find(timeout: float | None, path: str) -> float | None:
     """The limit for a file's pages to be counted, and the time to read it beside."""
-    return lambda path: None if timeout is None else timeout + os.path.getsize(path) / _BYTES_HASHED_A_SECOND
+    if timeout is None or not os.path.isfile(path):
+        return timeout
+    return timeout + os.path.getsize(path) / _BYTES_HASHED_A_SECOND
 
 
-def _find_rows(column: Column, pages: list[Page], problems: list[Problem]) -> None:
+def _sort_in(path: str, file: File | Failure, found: Found, *, is_named: bool) -> None:
+    if isinstance(file, Failure):
+        # A file of a folder may be anything; one that was named, or calls itself an image, should be readable.
+        suffix = os.path.splitext(path)[1].lower()
+        if is_named or suffix in _known_suffixes() or not os.path.isfile(path):
+            found.problems.append(Problem(printable(path), None, file.error))
+        else:
+            found.left_out[printable(suffix) or "no suffix"].append(printable(path))
+        return
+    found.sources[file.name] = file
+    found.pages += file.pages()
+    if file.num_frames > 1:
+        found.left_out["frames after the first"].append(file.name)
+
+
+@lru_cache
+def _known_suffixes() -> set[str]:
+    formats = Image.registered_extensions()
+    return {suffix for suffix, kind in formats.items() if kind in IMAGE_FORMATS} | {PDF_SUFFIX} | _HEIC_SUFFIXES
+
+
+def _find_rows(column: Column, found: Found) -> None:
     for row, images in enumerate(column.cells()):
-        if len(images) != 1:
-            error = f"the row has {len(images)} images." if images else "the row has no image."
-            problems.append(Problem(column.name, row, error))
-            continue
         try:
-            pages.append(Page(digest_of(content_of(images[0]))[0], column.name, row))
+            if len(images) != 1:
+                raise ValueError(f"the row has {len(images) or 'no'} image{'s' * (len(images) > 1)}.")
+            found.pages.append(Page(digest_of(content_of(images[0])), column.name, row))
         except (OSError, ValueError) as error:
-            problems.append(Problem(column.name, row, f"{type(error).__name__}: {error}"))
+            found.problems.append(Problem(column.name, row, f"{type(error).__name__}: {error}"))
 
 
 def _is_dataset(given: str) -> bool:
@@ -310,24 +389,27 @@ def _is_dataset(given: str) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in _DATASET_FILES)
     # What could be a file's name is a file that is missing, not a dataset to ask the Hub for.
-    looks_like_a_file = path.suffix.lower() in IMAGE_SUFFIXES | {PDF_SUFFIX} or path.is_absolute()
+    looks_like_a_file = path.suffix.lower() in _known_suffixes() or path.is_absolute()
     return (
         not path.exists() and not looks_like_a_file and 1 <= len(path.parts) <= 2 and path.parts[0] not in ("~", "..")
     )
 
 
-def _files(path: str) -> Iterator[str]:
-    """A file, or the images and PDFs in a folder and in those inside it; hidden ones are passed over."""
-    if os.path.isfile(path):
-        yield path
-        return
-    if not os.path.isdir(path):
-        raise FileNotFoundError(f"There is no file, folder or dataset {path!r}.")
-    for folder, folders, names in os.walk(path, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES | {PDF_SUFFIX}:
-                yield os.path.join(folder, name)
+def _files_in(path: str, left_out: dict[str, list[str]]) -> Iterator[str]:
+    """All files in a folder and in those inside it, also by links; hidden ones are left out."""
+    seen = {os.path.realpath(path)}
+    for folder, folders, names in os.walk(path, onerror=_raise, followlinks=True):
+        for name in [*folders, *names]:
+            if name.startswith("."):
+                left_out["hidden"].append(printable(os.path.join(folder, name)))
+        kept = []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            target = os.path.realpath(os.path.join(folder, name))
+            if target not in seen:
+                kept.append(name)
+                seen.add(target)
+        folders[:] = kept
+        yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _raise(error: OSError) -> None:

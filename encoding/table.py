@@ -14,7 +14,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -152,11 +152,11 @@ class TokenTable:
         require_pyarrow()
         import fsspec
 
-        self.location = os.fspath(location)
         self.errors = errors
-        self.fs, root = fsspec.core.url_to_fs(self.location)
+        self.fs, root = fsspec.core.url_to_fs(os.fspath(location))
         self.root = root.rstrip("/")
         self.is_local = "file" in self.fs.protocol
+        self.location = self.root if self.is_local else os.fspath(location)  # the same in another folder
         self.rows: dict[str, tuple[str, int]] = {}
         self.parts: set[str] = set()
         self._lines: list[str] = []
@@ -181,7 +181,7 @@ class TokenTable:
                 for path in Path(self.root).glob(".*.tmp"):  # a process was killed that wrote it
                     path.unlink()
             if not self.fs.isfile(self.path(SETTINGS)):
-                others = sorted(Path(name).name for name in self.fs.ls(self.root, detail=False))
+                others = sorted(Path(name).name for name in self.fs.glob(self.path("*")))
                 if others:
                     raise ValueError(
                         f"{self.location} holds no table of tokens, but {others[0]!r}; name a new folder."
@@ -215,11 +215,6 @@ class TokenTable:
             raise FileNotFoundError(f"{self.location} has no {SETTINGS}: no pages were encoded into it.") from None
         except ValueError as error:
             raise ValueError(f"{self.path(SETTINGS)} is damaged: {error}") from error
-
-    def close(self) -> None:
-        """Say that this process writes no more."""
-        if self._lines:
-            self._put_errors()
 
     def refresh(self) -> None:
         """Take notice of what has been stored in the meantime."""
@@ -281,10 +276,12 @@ class TokenTable:
         fill(buffer)
         self.fs.pipe_file(self.path(name), buffer.getvalue())
 
-    def forget_problems(self) -> None:
-        """Begin anew with what could not be encoded."""
+    def begin_problems(self, problems: Iterable[Problem]) -> None:
+        """Begin the file of problems anew."""
         with suppress(FileNotFoundError):
             self.fs.rm_file(self.path(self.errors))
+        for problem in problems:
+            self.note(problem)
 
     def note(self, problem: Problem) -> None:
         """Add a line to the file of problems. At a URL it is written every few seconds, and at the end."""
@@ -295,12 +292,13 @@ class TokenTable:
             return
         self._lines.append(line)
         if time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS:
-            self._put_errors()
+            self.end_problems()
 
-    def _put_errors(self) -> None:
-        text = "".join(self._lines).encode()
-        self._put(self.errors, lambda file: file.write(text))
-        self._uploaded = time.monotonic()
+    def end_problems(self) -> None:
+        """Write what is not written yet."""
+        if self._lines:
+            self.fs.pipe_file(self.path(self.errors), "".join(self._lines).encode())
+            self._uploaded = time.monotonic()
 
     # Reading
 

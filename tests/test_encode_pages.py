@@ -170,7 +170,7 @@ def test_datasets_of_pictures_and_of_paths(tiny_model, scans, tmp_path):
     pictures.save_to_disk(tmp_path / "pictures")
     datasets.DatasetDict(test=paths).save_to_disk(tmp_path / "paths")
     summary = encode(tmp_path / "pictures", tiny_model, tmp_path / "out")
-    assert [(each.page, each.error) for each in summary.problems] == [(1, "the row has no image.")]
+    assert [(each.page, each.error) for each in summary.problems] == [(1, "ValueError: the row has no image.")]
     encode(tmp_path / "paths", tiny_model, tmp_path / "other", split="test", image_column="file")
     actual = tokens_by_page(tmp_path / "out") | tokens_by_page(tmp_path / "other")
     first, second = tiny_model.encode([picture(0), picture(1)], image_processor=IMAGE_PROCESSOR)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some, require_choice, require_integer
-from deepseek_ocr_vision.encoding.encode_pages import encode_missing
+from deepseek_ocr_vision.encoding.encode_pages import encode_locally
 from deepseek_ocr_vision.encoding.encoder import Encoder, Page
 from deepseek_ocr_vision.encoding.sources import Column, content_of, digest_of
 from deepseek_ocr_vision.encoding.table import STORED_TYPES, TokenTable, canonical
@@ -103,16 +103,13 @@ def precompute_features(
     settings = encoder.settings(image_mode=images.column.mode)
     name = hashlib.sha256(canonical(settings)).hexdigest()[:32]
     table = TokenTable(os.path.join(cache_dir, name), settings)
-    try:
-        ids = images.read_ids(show_progress)
-        work = {"num_workers": num_workers, "timeout": None, "pages_per_file": pages_per_file}
-        with tqdm(total=len(images.pages), desc="Computing features", disable=not show_progress) as bar:
-            bar.update(sum(id in table for id in images.pages))
-            for rows in encode_missing(table, encoder, {"dataset": images.column}, images.pages.values(), **work):
-                images.note(rows.select(["id", "error", "is_os_error"]).to_pylist())
-                bar.update(len(rows))
-    finally:
-        table.close()
+    ids = images.read_ids(show_progress)
+    missing = {id: page for id, page in images.pages.items() if id not in table}
+    work = {"num_workers": num_workers, "timeout": None, "pages_per_file": pages_per_file}
+    with tqdm(total=len(missing), desc="Computing features", disable=not show_progress) as bar:
+        for rows in encode_locally(table, encoder, {images.column.name: images.column}, missing, **work):
+            images.note(rows.select(["id", "error", "is_os_error"]).to_pylist())
+            bar.update(len(rows))
     images.warn()
     return _with_column(dataset, ids, ReadFeatures(features_column, TokenTable(table.location)), images.column.is_list)
 
@@ -200,7 +197,7 @@ class Images:
 
     def _read_id(self, image: Any, row: int, index: int) -> str | None:
         try:
-            id = digest_of(content_of(image))[0]
+            id = digest_of(content_of(image))
         except (OSError, ValueError) as error:
             self._refuse(row, index, str(error), isinstance(error, OSError))
             return None

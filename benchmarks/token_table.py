@@ -1,0 +1,123 @@
+"""Measure the table of tokens: what it takes, and how fast either engine fills it.
+
+    python -m benchmarks.token_table --storage               # seconds
+    python -m benchmarks.token_table --pages 20000           # the local loop
+    python -m benchmarks.token_table --pages 2000 --ray 1 2  # Ray with one encoder, then with two
+
+Pages are small images and the encoder is tiny, so that what is measured is the engine; on Ray, where encoders are to
+be the bottleneck, it is larger. Memory is that of the process that asks, at four points of the run.
+"""
+
+import argparse
+import io
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
+from deepseek_ocr_vision.encoding import encode_pages
+from deepseek_ocr_vision.encoding.encoder import Encoder, Page
+from deepseek_ocr_vision.encoding.table import TokenTable
+
+
+SIZES = {
+    "256 x 1024": (256, 1024),
+    "64 x 2048": (64, 2048),
+    "100 x 2048": (100, 2048),
+    "256 x 2048": (256, 2048),
+    "400 x 2048": (400, 2048),
+    "856 x 2048": (856, 2048),
+}
+TYPES = ("float32", "float16", "bfloat16", "int8", "none")
+
+
+def main() -> None:
+    """Measure, and write what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--storage", action="store_true")
+    parser.add_argument("--pages", type=int, default=20_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--ray", type=int, nargs="*", default=[], metavar="ENCODERS")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.storage:
+            measure_storage(Path(folder))
+            return
+        write_pages(Path(folder, "pages"), options.pages)
+        if not options.ray:
+            measure_engine(Path(folder), num_workers=options.workers)
+        for number in options.ray:
+            measure_engine(Path(folder), num_workers=options.workers, ray="local", num_encoders=number)
+
+
+def write(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def measure_storage(folder: Path) -> None:
+    """MB a page by size and type, and how far int8 is off."""
+    torch.manual_seed(0)
+    model = DeepSeekOCRVisionModel(DeepSeekOCRVisionConfig.tiny())
+    write(f"| tokens of a page | {' | '.join(TYPES)} |")
+    for name, (num_tokens, width) in SIZES.items():
+        tokens = [torch.randn(num_tokens, width) for _ in range(16)]
+        sizes = []
+        for stored in TYPES:
+            inputs = {"pixel_values": torch.zeros(1, 3, 64, 64)}
+            batch = [(Page(f"{index:064}", "scans/page.png", index), inputs) for index in range(16)]
+            table = TokenTable(folder / name / stored, {"tokens": stored})
+            for rows in Encoder(model, None, stored).rows_of(batch, tokens, seconds=0.1):
+                table.write(rows)
+            sizes.append(sum(os.path.getsize(table.path(part)) for part in table.parts) / 16e6)
+            if stored == "int8":
+                difference = (table.read(batch[0][0].id) - tokens[0]) / tokens[0].std()
+        write(f"| {name} | {' | '.join(f'{size:.3f}' for size in sizes)} |")
+        write(
+            f"    int8: {difference.pow(2).mean().sqrt():.4f} root mean square, {difference.abs().max():.4f} at most"
+        )
+
+
+def write_pages(folder: Path, number: int) -> None:
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for index in range(number):
+        buffer = io.BytesIO()
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
+        (folder / f"{index:06}.png").write_bytes(buffer.getvalue())
+
+
+def measure_engine(folder: Path, *, num_workers: int, **engine: Any) -> None:
+    """Pages a second and memory over time."""
+    torch.manual_seed(0)
+    model = DeepSeekOCRVisionModel(DeepSeekOCRVisionConfig.tiny())
+    size = 512 if engine else 128
+    memory: list[str] = []
+    summary = encode_pages(
+        [folder / "pages"],
+        model,
+        DeepSeekOCRVisionImageProcessor(size=size),
+        out=folder / f"tokens-{engine.get('num_encoders', 0)}",
+        batch_size=1 if engine else 32,
+        num_workers=num_workers,
+        show_progress=False,
+        on_progress=lambda progress: memory.append(f"{progress['pages']}: {resident()} MB"),
+        **engine,
+    )
+    points = [memory[index * (len(memory) - 1) // 3] for index in range(4)] if memory else []
+    write(f"{engine or 'local loop'}: {summary} Memory at pages {', '.join(points)}.")
+
+
+def resident() -> int:
+    """MB of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1_000_000
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Kill an encoding at random points and see that nothing is lost, twice or left over.
+
+    python tests/kill_encoding.py --points 20                  # the process that asks, and its workers
+    python tests/kill_encoding.py --points 20 --ray            # the same, and the encoders of Ray
+
+At each point a run of `encode` is started, and after a random time the driver, a preparing worker or an encoder is
+ended by SIGKILL. A run without kills ends each round; then every page has to be there once, with the tokens of a run
+that was never interrupted, bit for bit, and the folder has to hold nothing but the table.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from encoding_helpers import IMAGE_PROCESSOR, assert_same, encode, png, write_pdf
+from helpers import tiny_config
+
+from deepseek_ocr_vision import DeepSeekOCRVisionModel
+
+
+RUN = """
+import sys, time, torch
+from deepseek_ocr_vision.__main__ import main
+from deepseek_ocr_vision import DeepSeekOCRVisionModel
+forward = DeepSeekOCRVisionModel.forward
+def slow(self, *args, **kwargs):
+    time.sleep(0.02)
+    return forward(self, *args, **kwargs)
+DeepSeekOCRVisionModel.forward = slow
+print("ready", flush=True)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def main() -> None:
+    """Kill, and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--points", type=int, default=20, help="kills of each kind (default: %(default)s)")
+    parser.add_argument("--pages", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ray", action="store_true")
+    options = parser.parse_args()
+    kinds = ("driver", "worker", "encoder") if options.ray else ("driver", "worker")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in kinds:
+            num_hits = kill(Path(folder, kind), kind, options.points, options.pages, options.seed, is_ray=options.ray)
+            sys.stdout.write(f"{kind}: {options.points} kills, {num_hits} while pages were computed; nothing lost\n")
+
+
+def kill(folder: Path, kind: str, num_points: int, num_pages: int, seed: int, *, is_ray: bool = False) -> int:
+    """Kill one kind of process at random points of one encoding, then see what is there.
+
+    Returns:
+        How many of the kills hit an encoding that had begun and was not done.
+    """
+    draw = random.Random(f"{seed} {kind}")
+    scans, out = folder / "scans", folder / "out"
+    scans.mkdir(parents=True)
+    for number in range(num_pages - 4):
+        (scans / f"{number}.png").write_bytes(png(number))
+    write_pdf(scans / "book.pdf", *range(1000, 1004))
+    torch.manual_seed(0)
+    model = DeepSeekOCRVisionModel(tiny_config())
+    model.save_pretrained(folder / "encoder")
+    IMAGE_PROCESSOR.save_pretrained(folder / "encoder")
+    encode(scans, model, folder / "whole")
+    command = ["encode", str(scans), "--model", str(folder / "encoder"), "--out", str(out), "--pages-per-file", "3"]
+    command += ["--workers", "2", "--device", "cpu", *(["--ray", "--encoders", "2"] if is_ray else [])]
+    num_hits = 0
+    for _ in range(num_points):
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUN, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        process.stdout.readline()
+        num_hits += strike(process, kind, draw, out)
+        process.kill()
+        process.wait()
+        for part in list(out.glob("*.parquet"))[: 2 * (kind != "driver")]:
+            part.unlink()  # so that there is something to compute at the next point
+    code = subprocess.run([sys.executable, "-m", "deepseek_ocr_vision", *command], capture_output=True, check=False)
+    if code.returncode != 0:
+        raise AssertionError(code.stderr.decode())
+    assert_same(out, folder / "whole")
+    rest = [path.name for path in out.iterdir() if path.name != "settings.json" and path.suffix != ".parquet"]
+    if rest:
+        raise AssertionError(f"left over: {rest}")
+    return num_hits
+
+
+def strike(process: subprocess.Popen, kind: str, draw: random.Random, out: Path) -> bool:
+    """Kill after a random time; a driver that lost a helper has to come to its end."""
+    started = time.monotonic()
+    while not list(out.glob("settings.json")) and process.poll() is None and time.monotonic() - started < 300:
+        time.sleep(0.005)
+    time.sleep(draw.uniform(0, 2.5))
+    is_running = process.poll() is None
+    if kind == "driver":
+        process.kill()
+        return is_running
+    helpers = processes_of(process.pid, b"_Encoding" if kind == "encoder" else None)
+    if is_running and helpers:
+        os.kill(draw.choice(helpers), signal.SIGKILL)
+    process.stdout.read()
+    if process.wait(timeout=600) != 0:
+        raise AssertionError(f"The encoding ended with {process.returncode} after its {kind} was killed.")
+    return is_running and bool(helpers)
+
+
+def processes_of(ancestor: int, name: bytes | None) -> list[int]:
+    """Children of a process, or those of Ray's workers below it that have a name."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status, titles[int(folder.name)] = (folder / "stat").read_text(), (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        parents[int(folder.name)] = int(status.rpartition(")")[2].split()[1])
+
+    def is_below(process: int) -> bool:
+        parent = parents.get(process)
+        return parent == ancestor or (parent in parents and is_below(parent))
+
+    if name is None:
+        return [process for process, parent in parents.items() if parent == ancestor and b"ray" not in titles[process]]
+    return [process for process in parents if name in titles[process] and is_below(process)]
+
+
+if __name__ == "__main__":
+    main()

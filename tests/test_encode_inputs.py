@@ -1,0 +1,190 @@
+"""What the world hands `encode`: forms, faxes, animations, odd names, links, files that hang or crash a decoder."""
+
+import os
+import signal
+import time
+import zlib
+
+import pytest
+import torch
+from encoding_helpers import IMAGE_PROCESSOR, encode, errors, image, png, stored, write_pdf
+from PIL import Image
+
+from deepseek_ocr_vision.encoding.processes import Failure, map_in_processes
+from deepseek_ocr_vision.encoding.sources import File
+
+
+pypdfium2 = pytest.importorskip("pypdfium2")
+
+
+def form_pdf() -> bytes:
+    """A page with a text field whose value has no appearance of its own, so that a viewer has to draw it."""
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [4 0 R] /NeedAppearances true /DR << /Font << /F 5 0 R "
+        b">> >> /DA (/F 40 Tf 0 g) >> >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 100] /Annots [4 0 R] >>",
+        b"<< /Type /Annot /Subtype /Widget /FT /Tx /T (name) /V (MMMM) /Rect [10 10 190 90] /F 4 /P 3 0 R "
+        b"/DA (/F 40 Tf 0 g) >>",
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    parts, offsets = [b"%PDF-1.7\n"], []
+    for number, each in enumerate(objects, start=1):
+        offsets.append(sum(map(len, parts)))
+        parts.append(b"%d 0 obj\n%s\nendobj\n" % (number, each))
+    start = sum(map(len, parts))
+    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    parts.append(b"xref\n0 %d\n0000000000 65535 f \n%s" % (len(offsets) + 1, table))
+    parts.append(b"trailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % (len(offsets) + 1, start))
+    return b"".join(parts)
+
+
+def test_what_is_filled_into_a_form_is_on_the_page():
+    """Pins PDFium's form environment, without which filled fields come out empty and nothing says so."""
+    file = File.find(form_pdf(), name="form.pdf", dpi=144)
+    rendered = file.read(file.pages()[0]).convert("L")
+    assert sum(count for level, count in enumerate(rendered.histogram()) if level < 128) > 1000
+
+
+def test_each_frame_of_a_tiff_is_a_page_as_it_is_alone(tiny_model, tmp_path):
+    """Pins faxes and scans, of which the first page alone was encoded; these lie on their sides."""
+    frames = [image(1), image(2, 60, 90).convert("L"), image(3).convert("1")]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames[0].save(tmp_path / "fax.tif", save_all=True, append_images=frames[1:], exif=exif)
+    summary = encode([tmp_path / "fax.tif"], tiny_model, tmp_path / "out", num_workers=1)
+    assert (summary.num_pages, summary.left_out) == (3, {})
+    tokens = stored(tmp_path / "out")
+    upright = [frame.transpose(Image.Transpose.ROTATE_270) for frame in frames]
+    expected = tiny_model.encode(upright, image_processor=IMAGE_PROCESSOR)
+    assert all(torch.equal(tokens["fax.tif", page], each) for page, each in enumerate(expected))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_of_an_animation_the_first_frame_is_encoded_and_the_file_is_named(tiny_model, tmp_path, suffix):
+    """Pins frames that were passed over without a word."""
+    image(1).save(tmp_path / f"moves.{suffix}", save_all=True, append_images=[image(2)])
+    summary = encode(tmp_path, tiny_model, tmp_path / "out")
+    assert summary.num_pages == 1
+    assert summary.left_out == {"frames after the first": [str(tmp_path / f"moves.{suffix}")]}
+    assert "moves" in str(summary)
+
+
+def test_every_file_of_a_folder_is_encoded_or_named(tiny_model, tmp_path):
+    """Pins images of ten suffixes of which two were stored, and folders behind links."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    kinds = {".jfif": "JPEG", ".jpe": "JPEG", ".mpo": "JPEG", ".tga": "TGA", ".j2k": "JPEG2000", ".jpx": "JPEG2000"}
+    for seed, (suffix, kind) in enumerate((kinds | {"": "PNG", ".png": "PNG"}).items()):
+        image(seed).save(folder / f"page{suffix}", kind)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "linked.png").write_bytes(png(20))
+    (folder / "elsewhere").symlink_to(tmp_path / "elsewhere")
+    (folder / "around").symlink_to(folder)
+    (folder / "gone.png").symlink_to("/nowhere.png")
+    (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "notes.txt").write_text("no page")
+    (folder / ".DS_Store").write_text("no page")
+    (folder / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    os.mkfifo(folder / "pipe")
+    summary = encode(folder, tiny_model, tmp_path / "out", num_workers=1, timeout=60)
+    assert summary.num_pages == 9
+    assert summary.left_out.keys() == {"hidden", ".txt", ".eps"}
+    assert errors(tmp_path / "out").keys() == {"gone.png", "photo.heic", "pipe"}
+
+
+def test_names_that_are_not_utf8_are_stored_escaped(tiny_model, tmp_path):
+    r"""Pins a name that ended the whole run, and each run after it."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name, content in ((b"caf\xe9.png", png(0)), (b"br\xfcchig.png", b"no image")):
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            file.write(content)
+    assert encode(folder, tiny_model, tmp_path / "out").num_pages == 1
+    assert stored(tmp_path / "out").keys() == {(r"caf\xe9.png", 0)}
+    assert errors(tmp_path / "out").keys() == {r"br\xfcchig.png"}
+
+
+def test_pages_that_a_document_only_claims_are_lines_of_one_file(tiny_model, tmp_path):
+    """Pins a PDF of 300 bytes that wrote 1,999 files."""
+    claims = form_pdf().replace(b"/Count 1 ", b"/Count 50")
+    (tmp_path / "claims.pdf").write_bytes(claims)
+    summary = encode([tmp_path / "claims.pdf"], tiny_model, tmp_path / "out")
+    assert summary.num_pages == 1
+    lines = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()
+    assert len(lines) == len(summary.problems) == 49
+    assert {path.name.split("-")[0] for path in (tmp_path / "out").iterdir()} == {
+        "settings.json",
+        "errors.jsonl",
+        "part",
+    }
+
+
+# Decoders that hang or crash
+
+
+def work(item: str) -> str:
+    """A worker's work: what the item says."""
+    if item == "hang":
+        time.sleep(600)
+    if item == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == "fail":
+        raise zlib.error("broken")
+    return item.upper()
+
+
+def test_a_worker_that_hangs_or_dies_costs_its_item_alone():
+    """Pins a file whose decoder never ends, and one that takes the process with it."""
+    items = ["a", "hang", "b", "die", "c", "fail", "d"]
+    results = dict(map_in_processes(work, items, num_workers=2, timeout=lambda item: 2))
+    assert [results[item] for item in "abcd"] == list("ABCD")
+    assert results["hang"] == Failure("TimeoutError: it took longer than 2 seconds.")
+    assert results["die"] == Failure("the process that read it died twice.")
+    assert results["fail"] == Failure("error: broken")
+
+
+def test_a_page_that_takes_too_long_is_named_and_the_run_goes_on(tiny_model, tmp_path):
+    """Pins `timeout` from end to end, on an image whose preparing never comes to its end."""
+    for seed in range(3):
+        (tmp_path / f"{seed}.png").write_bytes(png(seed))
+
+    class Slow(type(IMAGE_PROCESSOR)):
+        def __call__(self, images, **options):
+            if images.convert("RGB").tobytes() == image(1).tobytes():
+                time.sleep(600)
+            return super().__call__(images, **options)
+
+    processor = Slow(size=128)
+    paths = [tmp_path / f"{seed}.png" for seed in range(3)]
+    summary = encode(paths, tiny_model, tmp_path / "out", image_processor=processor, num_workers=1, timeout=3)
+    assert summary.num_pages == 2
+    assert errors(tmp_path / "out") == {"1.png": "TimeoutError: it took longer than 3 seconds."}
+
+
+def test_a_worker_that_is_killed_loses_nothing(tiny_model, tmp_path):
+    """Pins the system's killer of processes that take memory: the page is read once more by another one."""
+    for seed in range(6):
+        (tmp_path / f"{seed}.png").write_bytes(png(seed))
+    mark = tmp_path / "killed"
+
+    class Dying(type(IMAGE_PROCESSOR)):
+        def __call__(self, images, **options):
+            if not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(images, **options)
+
+    paths = [tmp_path / f"{seed}.png" for seed in range(6)]
+    summary = encode(paths, tiny_model, tmp_path / "out", image_processor=Dying(size=128), num_workers=2)
+    assert (summary.num_pages, summary.problems) == (6, [])
+
+
+def test_a_document_that_changes_meanwhile_is_named(tiny_model, tmp_path):
+    """Pins tokens that are stored under the id of another document."""
+    write_pdf(tmp_path / "book.pdf", 1, 2, 3)
+    tiny_model.register_forward_hook(lambda *_: write_pdf(tmp_path / "book.pdf", 4, 5, 6) and None)
+    (tmp_path / "a.png").write_bytes(png(0))
+    encode(tmp_path, tiny_model, tmp_path / "out")
+    assert stored(tmp_path / "out").keys() == {("a.png", 0)}
+    assert "changed" in errors(tmp_path / "out")["book.pdf"]
