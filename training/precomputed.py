@@ -217,10 +217,10 @@ class _FeatureProcessor:
     def apply_chat_template(self, *args, **kwargs) -> str:
         return self.processor.apply_chat_template(*args, **kwargs)
 
-    def __call__(self, *, images: list[Any] | None, text: list[str], **options) -> BatchFeature:
+    def __call__(self, *, images: list[Any] | None = None, text: list[str], **options) -> BatchFeature:
         features = [image for image in images or [] if isinstance(image, torch.Tensor) and image.ndim == 2]
         if not features:
-            return self.processor(images=images, text=text, **options)
+            return self.processor(**({"images": images} if images else {}), text=text, **options)
         dropped = getattr(self.processor, "vision_feature_select_strategy", "full") == "default"
         counts = iter([len(tokens) - dropped for tokens in features])
         encoded = self.tokenizer([self._expanded(each, counts) for each in text], **options)
