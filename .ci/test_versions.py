@@ -135,26 +135,35 @@ def count_tests(report: Path) -> str:
 
 
 def try_versions(name: str, torch: str, *, whole: bool) -> Leg:
-    """Install the versions of a leg, and run its tests and the example."""
+    """Install the versions of a leg, and run its tests and the example, each to its end."""
     leg = Leg(name)
     report = FOLDER / f"{name}.xml"
     try:
         python = install(name, torch)
         leg.versions = installed_versions(python)
-        sys.stdout.write(f"{name}: {in_words(leg.versions)}\n")
-        started = time.monotonic()
-        report.unlink(missing_ok=True)
-        try:
-            run(python, "-m", "pytest", "-q", f"--junitxml={report}", *(() if whole else SUBSET))
-        finally:
-            leg.tests = count_tests(report) if report.is_file() else "not run"
-        leg.finetune = "failed"
+    except subprocess.CalledProcessError as error:
+        leg.failure = failure_of(error)
+        return leg
+    sys.stdout.write(f"{name}: {in_words(leg.versions)}\n")
+    started = time.monotonic()
+    report.unlink(missing_ok=True)
+    try:
+        run(python, "-m", "pytest", "-q", f"--junitxml={report}", *(() if whole else SUBSET))
+    except subprocess.CalledProcessError as error:
+        leg.failure = failure_of(error)
+    leg.tests = count_tests(report) if report.is_file() else "not run"
+    try:
         run(python, *FINETUNE, "--output_dir", str(FOLDER / name / "finetune"))
         leg.finetune = "passed"
-        leg.minutes = (time.monotonic() - started) / 60
     except subprocess.CalledProcessError as error:
-        leg.failure = f"exit code {error.returncode} of {shlex.join(map(str, error.cmd))}"
+        leg.failure, leg.finetune = leg.failure or failure_of(error), "failed"
+    leg.minutes = (time.monotonic() - started) / 60
     return leg
+
+
+def failure_of(error: subprocess.CalledProcessError) -> str:
+    """What went wrong, in a line."""
+    return f"exit code {error.returncode} of {shlex.join(map(str, error.cmd))}"
 
 
 def in_words(versions: dict[str, str]) -> str:
