@@ -184,9 +184,23 @@ def _load(image: Image.Image, name: str) -> None:
         _require_format(image, name)
     try:
         _mend_transparent_colour(image)
-        image.load()
+        with _not_mapped(image):
+            image.load()
     except Exception as error:
         raise _unreadable(name, error) from error
+
+
+@contextmanager
+def _not_mapped(image: Image.Image) -> Iterator[None]:
+    """Keep Pillow from mapping a TIFF file into memory, where it takes the turned size for that of the rows."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        yield
+        return
+    filename, image.filename = image.filename, ""
+    try:
+        yield
+    finally:
+        image.filename = filename
 
 
 def _require_format(image: ImageFile.ImageFile, name: str) -> None:

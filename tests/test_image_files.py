@@ -145,6 +145,20 @@ def test_an_image_is_turned_whatever_else_exif_holds(tmp_path, orientation):
                 np.testing.assert_array_equal(levels(way), expected, err_msg=f"tag {number} of type {kind}")
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_uncompressed_tiff_is_turned_as_its_pixels_are(tmp_path, orientation):
+    """Pins rows of the wrong length: Pillow maps such a file into memory and takes the turned size for its rows."""
+    levels = np.random.default_rng(0).integers(0, 256, (64, 128), dtype=np.uint8)
+    plain, tags = Image.fromarray(levels), Image.Exif()
+    tags[0x0112] = orientation
+    plain.save(tmp_path / "page.tif", exif=tags)
+    image_processor = DeepSeekOCRVisionImageProcessor(do_resize=False, do_normalize=False)
+    with_tags = Image.open(io.BytesIO((tmp_path / "page.tif").read_bytes()))
+    expected = image_processor(ImageOps.exif_transpose(with_tags).convert("RGB"), return_tensors="np")["pixel_values"]
+    for image in (tmp_path / "page.tif", Image.open(tmp_path / "page.tif")):
+        assert np.array_equal(image_processor(image, return_tensors="np")["pixel_values"], expected)
+
+
 def test_exif_that_cannot_be_read_turns_nothing(tmp_path):
     """Pins garbage in EXIF, which spoiled the page around it."""
     stored = Image.fromarray(page().astype(np.uint8))
