@@ -104,7 +104,7 @@ def test_a_process_that_dies_while_it_saves_its_random_state_leaves_an_incomplet
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-TIME_LIMIT = 300  # seconds
+TIME_LIMIT = 600  # seconds
 
 
 @contextmanager
