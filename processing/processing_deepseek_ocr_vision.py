@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..configuration.checks_deepseek_ocr_vision import require_choice  # noqa: F401
     from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig  # noqa: F401
     from ..configuration.presets_deepseek_ocr_vision import PRESETS  # noqa: F401
-    from ..saving.checkpoint_code_deepseek_ocr_vision import checkpoint_code  # noqa: F401
+    from ..saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS  # noqa: F401
     from .images_deepseek_ocr_vision import read_image  # noqa: F401
     from .tiles_deepseek_ocr_vision import tile_grid  # noqa: F401
 
