@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from accelerate.commands.merge import merge_command_parser
 from helpers import ROOT, released_tensors, tiny_config, write_checkpoint
 from PIL import Image, ImageDraw
 from test_from_encoder import make_encoder
@@ -205,6 +206,9 @@ def check_command(words: list[str], monkeypatch) -> None:
             main(arguments)
     elif words[:2] == ["accelerate", "launch"]:
         check_python(script_of_launch(words[2:]), monkeypatch)
+    elif words[:2] == ["accelerate", "merge-weights"]:
+        with pytest.raises(Parsed):
+            merge_command_parser().parse_args(words[2:])
     elif command == "python":
         check_python(arguments, monkeypatch)
     else:
