@@ -32,8 +32,9 @@ help:
 finetune: $(VENV)/.train
 	$(BIN)/python examples/finetune.py --resume_from_checkpoint true $(ARGS)
 
+# Two processes of one thread each; a file's tests stay together, as they share what is large.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-demo: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest tests/test_app.py $(ARGS)

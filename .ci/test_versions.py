@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "versions"
 OLDEST, NEWEST = "oldest", "newest"
 EXTRAS = ("train", "encode", "encoder")
-TEST_PACKAGES = ("pytest", "peft")
+TEST_PACKAGES = ("pytest", "pytest-xdist", "peft")
 TORCH = ("torch", "torchvision")
+PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "loadfile")
 SHOWN = ("torch", "transformers", "huggingface_hub", "accelerate", "numpy", "pillow")
 GOLDEN = "tests/test_golden.py::test_"
 SUBSET = (
@@ -148,7 +149,7 @@ def try_versions(name: str, torch: str, *, whole: bool) -> Leg:
     started = time.monotonic()
     report.unlink(missing_ok=True)
     try:
-        run(python, "-m", "pytest", "-q", f"--junitxml={report}", *(() if whole else SUBSET))
+        run(python, *PYTEST, f"--junitxml={report}", *(() if whole else SUBSET))
     except subprocess.CalledProcessError as error:
         leg.failure = failure_of(error)
     leg.tests = count_tests(report) if report.is_file() else "not run"
