@@ -218,8 +218,8 @@ def damage_code(folder) -> None:
 
 def damage_saving(folder) -> None:
     """Code that changes a weight when the model is saved."""
-    path = folder / "modeling_deepseek_ocr_vision.py"
-    start = 'if kwargs.get("distributed_checkpoint"):\n'
+    path = folder / "loading_deepseek_ocr_vision.py"
+    start = 'kwargs |= {"is_main_process": is_main_process'
     assert start in path.read_text()
     path.write_text(path.read_text().replace(start, f"self.sam_model.pos_embed.data.zero_()\n        {start}"))
 

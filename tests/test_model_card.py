@@ -75,7 +75,8 @@ def test_the_numbers_are_measured(tmp_path, dtype):
     assert f"| parameters | {sum(weight.numel() for weight in load_file(weights).values()):,}, {name} |" in card
     assert f"{weights.stat().st_size:,} bytes, sha256 `{read_checksums(weights.parent)[weights.name]}`" in card
     assert (
-        f"largest difference 0.0 standard deviations, over the 4 tokens of a drawn page in {name} on the CPU" in card
+        f"largest difference 0.0 standard deviations, over the 4 tokens of a rendered page in {name} on the CPU"
+        in card
     )
 
 

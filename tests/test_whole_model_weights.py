@@ -189,13 +189,12 @@ def test_a_checkpoint_of_another_kind_is_refused_by_from_pretrained(tmp_path, re
 
 
 def test_the_encoder_loads_out_of_a_whole_model(tmp_path, model):
-    """Pins that the encoder of a saved whole model is its own and not newly initialised, on both ways in."""
+    """Pins that the encoder of a whole model is its own and not newly initialised, or an error that says how."""
     model.save_pretrained(tmp_path / "saved")
-    for encoder in (
-        DeepSeekOCRVisionModel.from_pretrained(tmp_path / "saved"),
-        DeepSeekOCRVisionModel.from_deepseek_ocr(tmp_path / "saved", feature_mode="concat"),
-    ):
-        assert_same_weights(encoder, model.model.vision_tower)
+    encoder = DeepSeekOCRVisionModel.from_deepseek_ocr(tmp_path / "saved", feature_mode="concat")
+    assert_same_weights(encoder, model.model.vision_tower)
+    with pytest.raises(ValueError, match=r"a whole checkpoint .* use `DeepSeekOCRVisionModel\.from_deepseek_ocr`"):
+        DeepSeekOCRVisionModel.from_pretrained(tmp_path / "saved")
 
 
 def test_from_pretrained_refuses_missing_weights(tmp_path, model):
