@@ -51,7 +51,7 @@ FEATURE_MODE = "concat"
 class DeepSeekOCRConfig(UnlimitedOcrConfig):
     """Encoder, projector and language model.
 
-    Args:
+    Attributes:
         vision_config: The encoder, as a `DeepSeekOCRVisionConfig` in feature mode `"concat"` or a dictionary of its
             fields. Defaults to the released sizes.
         text_config: The language model, as transformers' `UnlimitedOcrTextConfig` or a dictionary of its fields. From
