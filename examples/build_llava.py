@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from files import replacing
+from language_models import HELP, find_language_model
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, set_seed
 
 from deepseek_ocr_vision import build_llava, save_llava
@@ -28,11 +29,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="New folder for the composite.")
     parser.add_argument("--encoder", help="Checkpoint of the encoder (folder or Hub id); without it, a small new one.")
-    parser.add_argument(
-        "--language_model",
-        help="Checkpoint of the language model (folder or Hub id), with its tokenizer; without it, a small new Llama "
-        "that reads and writes bytes.",
-    )
+    parser.add_argument("--language_model", help=HELP)
     parser.add_argument(
         "--page_size",
         type=int,
@@ -88,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(arguments.seed)
     model, processor = build_llava(
         arguments.encoder,
-        language_model=arguments.language_model,
+        language_model=find_language_model(arguments.language_model),
         page_size=arguments.page_size,
         dtype=DTYPES[arguments.dtype],
     )

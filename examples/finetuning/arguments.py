@@ -6,6 +6,7 @@ from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from language_models import HELP, find_language_model
 from training_defaults import SmallModelArguments
 from transformers import HfArgumentParser
 
@@ -57,13 +58,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "Checkpoint of the encoder to start from (folder or Hub id). Without it, a small new one."},
     )
-    language_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint of the language model to start from (folder or Hub id), with its tokenizer. Without "
-            "it, a small new Llama that reads and writes bytes."
-        },
-    )
+    language_model: str | None = field(default=None, metadata={"help": HELP})
     freeze: list[str] = field(
         default_factory=list,
         metadata={
@@ -172,6 +167,7 @@ def parse_arguments(
     if not 0 < page_arguments.held_out_fraction < 1:
         raise ValueError(f"--held_out_fraction is {page_arguments.held_out_fraction}; it has to be between 0 and 1.")
     refuse_what_cannot_be_saved(arguments)
+    model_arguments.language_model = find_language_model(model_arguments.language_model)
     return page_arguments, model_arguments, arguments
 
 
