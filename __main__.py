@@ -19,7 +19,7 @@ from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisi
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
 from deepseek_ocr_vision.encoding import encode_pages
-from deepseek_ocr_vision.encoding.sources import find_pages
+from deepseek_ocr_vision.encoding.sources import find_pages, page_of
 from deepseek_ocr_vision.encoding.threads import fit_threads
 from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
@@ -28,6 +28,7 @@ from deepseek_ocr_vision.weights import atomic_write, check_checkpoint, compare_
 
 
 FAILED, SOME_FAILED, INTERRUPTED = 1, 3, 130
+DPI = 144  # pixels an inch that PDFs are rendered with
 TOKENS = ("float32", "float16", "bfloat16", "int8", "none")
 
 
@@ -75,10 +76,10 @@ def verify(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Draw a sheet of what the encoder sees for each page."""
-    targets = _sheets(options.pages, options.out)
+    targets = _sheets(options.pages, options.out, options.page)
     model, image_processor = load_encoder(options.model, preset=options.preset)
     for page, target in zip(options.pages, targets, strict=True):
-        view = view_page(model, page, image_processor=image_processor)
+        view = view_page(model, page_of(page, options.page, dpi=DPI), image_processor=image_processor)
         title = f"{page.name}: {view.grid[0]} x {view.grid[1]} tokens of {options.model}"
         save_image(draw_sheet(view, options.token, layer=options.layer, title=title), target)
         sys.stdout.write(f"{target}\n")
@@ -156,15 +157,16 @@ def _shard(text: str) -> tuple[int, int]:
     return number, num_shards
 
 
-def _sheets(pages: Sequence[Path], out: str | None) -> list[Path]:
-    """Where the sheet of each page goes; whatever can be wrong about pages and places is found before any work."""
+def _sheets(pages: Sequence[Path], out: str | None, number: int) -> list[Path]:
+    """Where the sheet of each file goes; whatever can be wrong about files and places is found before any work."""
     for page in pages:
         if not page.is_file():
             raise FileNotFoundError(f"There is no page {page}.")
     is_folder = out is None or len(pages) > 1 or out.endswith(("/", os.sep)) or Path(out).is_dir()
     if is_folder and out is not None and Path(out).is_file():
         raise NotADirectoryError(f"{out} is a file; {len(pages)} pages need a folder.")
-    targets = [Path(out or ".") / f"{page.stem}-sheet.png" for page in pages] if is_folder else [Path(out)]
+    end = "sheet.png" if number == 1 else f"{number}-sheet.png"
+    targets = [Path(out or ".") / f"{page.stem}-{end}" for page in pages] if is_folder else [Path(out)]
     for index, target in enumerate(targets):
         require_image_suffix(target)
         if target in targets[:index]:
@@ -277,9 +279,10 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
         "attends to, and the pixels that it depends on. Needs matplotlib (extra `train`).",
         epilog="deepseek-ocr-vision show page.png --model encoder --token 3,5",
     )
-    parser.add_argument("pages", nargs="+", type=Path, metavar="page", help="image file")
+    parser.add_argument("pages", nargs="+", type=Path, metavar="page", help="image, PDF or TIFF")
     parser.add_argument("--model", required=True, help="the encoder, or a released checkpoint: folder or Hub id")
     parser.add_argument("--preset", choices=list(PRESETS), help="other preprocessing than the checkpoint's")
+    parser.add_argument("--page", type=int, default=1, help="of a PDF or TIFF, from 1 (default: %(default)s)")
     parser.add_argument(
         "--out",
         help="image file to write or, for several pages, a folder; what is there is replaced (default: "
@@ -356,7 +359,7 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="a line of JSON every few seconds in place of the bar: pages, errors, rate, the encoder's share",
     )
-    parser.add_argument("--dpi", type=float, default=144, help="that PDFs are drawn with (default: %(default)s)")
+    parser.add_argument("--dpi", type=float, default=DPI, help="that PDFs are drawn with (default: %(default)s)")
     parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
     parser.add_argument("--image-column", default="image", help="of a dataset (default: %(default)s)")
     parser.set_defaults(run=encode)
@@ -387,7 +390,7 @@ def _add_read(commands: argparse._SubParsersAction) -> None:
         "--ngram-size", type=int, default=20, help="tokens that are not written twice, or 0 (default: %(default)s)"
     )
     parser.add_argument("--window-size", type=int, help="how many tokens back that counts (default: all)")
-    parser.add_argument("--dpi", type=float, default=144, help="that PDFs are rendered with (default: %(default)s)")
+    parser.add_argument("--dpi", type=float, default=DPI, help="that PDFs are rendered with (default: %(default)s)")
     _add_hub_options(parser)
     parser.set_defaults(run=read)
 

@@ -10,6 +10,7 @@ from deepseek_ocr_vision.composites.deepseek_ocr import DeepSeekOCRForConditiona
 from deepseek_ocr_vision.composites.deepseek_ocr_processor import PROMPTS, DeepSeekOCRProcessor
 from deepseek_ocr_vision.composites.deepseek_ocr_weights import IMAGE_TOKEN
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import ModeName
+from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import input_device
 
 
 NGRAM_SIZE = 20
@@ -86,7 +87,7 @@ def read_page(
         ValueError: The prompt or the page cannot be meant, or the page leaves no position for a token.
         OSError: The page is a file that is missing or broken.
     """
-    inputs = processor(page, prompt_of(prompt), return_tensors="pt").to(model.device)
+    inputs = processor(page, prompt_of(prompt), return_tensors="pt").to(input_device(model))
     length = inputs["input_ids"].shape[1]
     room = model.config.text_config.max_position_embeddings - length
     if room < 1:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import align_module_device
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepseek_ocr_vision.encoding.processes import Failure
 from deepseek_ocr_vision.encoding.table import STORED_TYPES, canonical, require_pyarrow, table_schema, token_columns
+from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import input_device
 
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ class Encoder:
 
     def _tokens(self, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
         """The tokens of images that are alike, a tensor [N, C] each, on the CPU."""
-        device, dtype = self.model.device, STORED_TYPES[self.stored]
+        device, dtype = input_device(self.model), STORED_TYPES[self.stored]
         batch = {name: _joined([each[name] for each in inputs], device) for name in inputs[0]}
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             outputs = self.model(**batch, return_dict=True)
@@ -166,9 +168,26 @@ def encoder_fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256(canonical(_fields(model.config)))
     for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_meta:
+            tensor = _offloaded(model, name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _offloaded(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """A weight that accelerate keeps elsewhere until its module is called.
+
+    Raises:
+        ValueError: It is nowhere.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    with align_module_device(module):
+        tensor = getattr(module, leaf).detach()
+    if tensor.is_meta:
+        raise ValueError(f"The model's {name} is on the meta device and has no values.")
+    return tensor
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from deepseek_ocr_vision.encoding.encoder import Inputs, Page
 from deepseek_ocr_vision.encoding.processes import Failure, map_in_processes
 from deepseek_ocr_vision.encoding.table import Problem
-from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import IMAGE_FORMATS, open_image
+from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import IMAGE_FORMATS, open_image, read_image
 
 
 if TYPE_CHECKING:
@@ -96,11 +96,56 @@ class File:
         if self.num_pages is None:
             return image_of(self.content, self.digest)
         document = _opened_document(self.content, self.digest)
-        if isinstance(document, Image.Image):
-            document.seek(page.number)
-            document.tell = lambda: 0  # the image processor reads the first frame of a file; this is its only one
-            return document
-        return _rendered(document[page.number], self.dpi)
+        try:
+            return self._page_of(document, page.number)
+        except (MemoryError, OSError, ValueError):
+            raise
+        except Exception as error:
+            # As broken bytes lead them, decoders raise PdfiumError, SyntaxError, struct.error, EOFError, ...
+            raise ValueError(f"the page cannot be read: {type(error).__name__}: {error}") from error
+
+    def _page_of(self, document: Any, number: int) -> Image.Image:
+        if not isinstance(document, Image.Image):
+            return _rendered(document[number], self.dpi)
+        document.seek(number)
+        document.tell = lambda: 0  # the image processor reads the first frame of a file; this is its only one
+        return document
+
+
+def page_of(path: str | os.PathLike, number: int, *, dpi: float) -> Image.Image:
+    """A page of a file in RGB, upright: of a PDF or a TIFF the one with that number, and an image is page 1 of itself.
+
+    Args:
+        path: The file.
+        number: Which page, from 1.
+        dpi: Pixels an inch that a PDF is rendered with.
+
+    Raises:
+        ValueError: There is no such page, or it cannot be read as it stands.
+        OSError: The file is missing, broken, or of no format that is read.
+    """
+    _read_heic()
+    try:
+        file = File.find(os.fspath(path), name=os.fspath(path), dpi=dpi)
+        pages = file.pages()
+        if not 1 <= number <= len(pages):
+            raise ValueError(f"there is no page {number}; pages go from 1 to {len(pages)}.")
+        return _in_rgb(file.read(pages[number - 1]))
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{os.fspath(path)}: {error}") from error
+
+
+def _read_heic() -> None:
+    """Read HEIC images as well where pillow-heif is installed."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    return read_image(image, "the image", input_data_format=None, do_convert_rgb=True, keeps_tensor=False)[0]
 
 
 def digest_of(content: Content) -> str:
@@ -241,7 +286,10 @@ class Column:
 
     def read(self, page: Page) -> Image.Image:
         image = image_of(content_of(self.cell(page.number)[page.index]), page.id)
-        return image if self.mode is None else ImageOps.exif_transpose(image).convert(self.mode)
+        if self.mode is None:
+            return image
+        # What has more than 256 levels is brought to as many first.
+        return _in_rgb(image).convert("L" if self.mode.startswith(("I", "F")) else self.mode)
 
 
 def content_of(image: StoredImage) -> Content:
@@ -307,10 +355,7 @@ def find_pages(
         TypeError: A column of a dataset holds something else than images.
         ValueError: A dataset has no such split or column.
     """
-    with suppress(ImportError):  # who has it wants HEIC images to be read
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
+    _read_heic()
     found, paths = Found(), {}
     for given in map(os.fspath, inputs):
         if _is_dataset(given):

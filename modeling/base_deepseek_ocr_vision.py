@@ -161,6 +161,11 @@ def feed_forward(
     return activate_and_contract(expand(hidden_states))
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model's inputs belong: with its weights. If those are offloaded, hooks move the inputs."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
 def needs_gradient(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
     """Whether a gradient will go to modules, or through them to their input."""
     parameters = (parameter for module in modules for parameter in module.parameters())

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..configuration.checks_deepseek_ocr_vision import require_integer
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
 from ..configuration.presets_deepseek_ocr_vision import ModeName
-from .base_deepseek_ocr_vision import LayerGroups, floating_dtype, keep_rng_state
+from .base_deepseek_ocr_vision import LayerGroups, floating_dtype, input_device, keep_rng_state
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import CheckpointMixin
 from .sam_deepseek_ocr_vision import SamEncoder
@@ -271,14 +271,10 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
                 except (OSError, TypeError, ValueError) as error:
                     _count_from_start(error, start)
                     raise
-                inputs = {name: self._moved(features[name]) for name in INPUTS if name in features}
+                inputs = {name: _moved(features[name], input_device(self)) for name in INPUTS if name in features}
                 outputs = self(**inputs, return_dict=True)
                 tokens.extend(_unpadded(outputs.last_hidden_state, outputs.attention_mask))
         return tokens
-
-    def _moved(self, value: Any) -> Any:
-        """A tensor on the model's device. The weights of an offloaded model are on none; its hooks move the inputs."""
-        return value if self.device.type == "meta" or not isinstance(value, torch.Tensor) else value.to(self.device)
 
     def layer_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters in groups, from the pixels to the tokens: one list for freezing and for learning-rate decay.
@@ -307,6 +303,10 @@ def _switch(value: Any, *, default: Any) -> bool:
     """An optional switch as a bool. Composites pass a layer's index, and index 0 means yes, so no test for truth."""
     value = default if value is None else value
     return value is not None and value is not False
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _count_from_start(error: Exception, start: int) -> None:

@@ -238,7 +238,11 @@ def _orientation(image: Image.Image) -> int:
 
 def _turned(image: Image.Image, orientation: Any) -> Image.Image:
     method = next((turn for number, turn in _UPRIGHT.items() if number == orientation), None)
-    return image if method is None else image.transpose(method)
+    if method is None:
+        return image
+    turned = image.transpose(method)
+    turned.info = {}  # or EXIF would be there to turn it once more
+    return turned
 
 
 def _rgb(image: Image.Image, name: str, *, do_convert_rgb: bool) -> tuple[Image.Image, float]:

@@ -1,17 +1,22 @@
 """What the world hands `encode`: forms, faxes, animations, odd names, links, files that hang or crash a decoder."""
 
+import io
 import os
 import signal
 import time
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from encoding_helpers import IMAGE_PROCESSOR, encode, errors, image, png, stored, write_pdf
+from image_files import exif, tiff
+from image_files import png as png_file
 from PIL import Image
 
+from deepseek_ocr_vision.encoding.encoder import Page
 from deepseek_ocr_vision.encoding.processes import Failure, map_in_processes
-from deepseek_ocr_vision.encoding.sources import File
+from deepseek_ocr_vision.encoding.sources import Column, File, digest_of, page_of
 
 
 pypdfium2 = pytest.importorskip("pypdfium2")
@@ -58,6 +63,49 @@ def test_each_frame_of_a_tiff_is_a_page_as_it_is_alone(tiny_model, tmp_path):
     upright = [frame.transpose(Image.Transpose.ROTATE_270) for frame in frames]
     expected = tiny_model.encode(upright, image_processor=IMAGE_PROCESSOR)
     assert all(torch.equal(tokens["fax.tif", page], each) for page, each in enumerate(expected))
+
+
+def test_a_page_of_a_file_is_the_one_that_encode_reads(tmp_path):
+    """Pins `show` of a PDF, which took image files alone, and of a TIFF, of which it took the first page."""
+    frames = [image(1), image(2, 60, 90).convert("L")]
+    frames[0].save(tmp_path / "fax.tif", save_all=True, append_images=frames[1:])
+    (tmp_path / "form.pdf").write_bytes(form_pdf())
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=[image(2)])
+    for number, frame in enumerate(frames, start=1):
+        assert page_of(tmp_path / "fax.tif", number, dpi=72).tobytes() == frame.convert("RGB").tobytes()
+    assert page_of(tmp_path / "form.pdf", 1, dpi=72).size == (200, 100)
+    for name, number, expected in (("fax.tif", 3, "pages go from 1 to 2"), ("moves.gif", 2, "pages go from 1 to 1")):
+        with pytest.raises(ValueError, match=rf"{name}: there is no page {number}; {expected}"):
+            page_of(tmp_path / name, number, dpi=72)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("claims.pdf", ValueError), ("cut.tif", OSError)])
+def test_a_page_that_cannot_be_read_is_an_error_of_ours(tmp_path, name, expected):
+    """Pins PdfiumError, which `read` and `show` passed on as a traceback, and errors without the file's name."""
+    image(1).save(tmp_path / "fax.tif", save_all=True, append_images=[image(2)])
+    contents = {"claims.pdf": form_pdf().replace(b"/Count 1 ", b"/Count 50")}
+    contents["cut.tif"] = (tmp_path / "fax.tif").read_bytes()[:-9000]
+    (tmp_path / name).write_bytes(contents[name])
+    with pytest.raises(expected, match=name):
+        page_of(tmp_path / name, 2, dpi=72)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "I;16", "F", None])
+def test_images_that_a_dataset_converts_are_read_as_all_others(mode):
+    """Pins a column with `Image(mode=...)`, by which an odd tag, transparency and 16 bits went another way."""
+    datasets = pytest.importorskip("datasets")
+    odd = exif(6, (282, 2, 3, b"72\0"))  # the resolution as text
+    turned, grey = io.BytesIO(), np.linspace(0, 65535, 96 * 64, dtype=np.uint16).reshape(64, 96)
+    image(1).convert("L").save(turned, "JPEG", exif=odd, quality=95)
+    contents = [turned.getvalue(), tiff(grey, photometric=0), png_file(grey, bits=16, transparent=0)]
+    cells = [{"bytes": content, "path": None} for content in contents]
+    dataset = datasets.Dataset.from_dict({"image": cells}, datasets.Features(image=datasets.Image(mode=mode)))
+    column = Column.of(dataset, "a dataset", "image")
+    for row, content in enumerate(contents):
+        (expected,) = IMAGE_PROCESSOR(Image.open(io.BytesIO(content)))["pixel_values"]
+        (found,) = IMAGE_PROCESSOR(column.read(Page(digest_of(content), "a dataset", row)))["pixel_values"]
+        # CMYK has no exact way back.
+        np.testing.assert_allclose(found, expected, atol=0.02 if mode == "CMYK" else 1e-6)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])

@@ -14,7 +14,7 @@ from image_files import TIFF_TYPES, exif, png, tiff
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor
-from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import IMAGE_FORMATS
+from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import IMAGE_FORMATS, open_image, read_image
 
 
 FIELD = ROOT.parent / "shared" / "field"
@@ -143,6 +143,17 @@ def test_an_image_is_turned_whatever_else_exif_holds(tmp_path, orientation):
             stored.save(tmp_path / "odd.jpg", quality=95, exif=exif(orientation, (number, kind, 1, value)))
             for way in ways(tmp_path / "odd.jpg"):
                 np.testing.assert_array_equal(levels(way), expected, err_msg=f"tag {number} of type {kind}")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_what_was_turned_once_is_not_turned_again(kind):
+    """Pins photographs in one's own pages: read to check them, and turned a second time when they were prepared."""
+    file = io.BytesIO()
+    Image.fromarray(page().astype(np.uint8)).save(file, kind, exif=exif(6))
+    options = {"input_data_format": None, "do_convert_rgb": True, "keeps_tensor": False}
+    read, _ = read_image(open_image(file, "the file"), "the file", **options)
+    np.testing.assert_array_equal(levels(read), np.asarray(read))
+    np.testing.assert_array_equal(levels(read), levels(open_image(file, "the file")))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -395,6 +395,17 @@ def test_show_writes_one_sheet_a_page(tmp_path, checkpoint, capsys):
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_show_takes_a_page_of_a_file_with_several(tmp_path, checkpoint, capsys):
+    """Pins `--page`, and what is said where there is no such page."""
+    first, second = marked_page(WIDE, "top left"), marked_page(HIGH, "bottom right")
+    first.save(tmp_path / "fax.tif", save_all=True, append_images=[second])
+    arguments = ["show", str(tmp_path / "fax.tif"), "--model", str(checkpoint), "--out", f"{tmp_path / 'sheets'}/"]
+    assert main([*arguments, "--page", "2"]) == 0
+    assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["fax-2-sheet.png"]
+    assert main([*arguments, "--page", "3"]) == 1
+    assert "fax.tif: there is no page 3; pages go from 1 to 2" in capsys.readouterr().err
+
+
 def test_show_says_what_is_wrong_before_it_writes(tmp_path, checkpoint, capsys, monkeypatch):
     """Pins exit code 1 with a message, and no sheet of the first page when the second is not there."""
     monkeypatch.chdir(tmp_path)

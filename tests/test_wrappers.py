@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import cpu_offload, disk_offload
+from encoding_helpers import IMAGE_PROCESSOR, assert_same, encode
 from helpers import EVERY_FEATURE_MODE, pixels, relative_error, tiny_config
 from PIL import Image
 from torch import nn
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.visualize import view_page
 
 
 def model_of(feature_mode: str) -> DeepSeekOCRVisionModel:
@@ -54,6 +56,22 @@ def test_any_split_between_memory_and_disk_gives_the_same_tokens(tmp_path):
         maps.add(str(split.hf_device_map))
         assert torch.equal(split(pixels()).last_hidden_state, expected)
     assert len(maps) > 2
+
+
+def test_offloaded_weights_fill_the_same_table_and_are_shown(tmp_path):
+    """Pins pages that were sent to the meta device, and a fingerprint of weights that are not there."""
+    pytest.importorskip("pyarrow", reason="the extra `encode` is not installed")
+    page().save(tmp_path / "page.png")
+    model = model_of("residual")
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert encode(tmp_path / "page.png", model, tmp_path / "plain").num_new == 1
+    assert encode(tmp_path / "page.png", offloaded, tmp_path / "plain").num_new == 0
+    assert encode(tmp_path / "page.png", offloaded, tmp_path / "offloaded").num_new == 1
+    assert_same(tmp_path / "plain", tmp_path / "offloaded")
+    shown = [view_page(each, page(), image_processor=IMAGE_PROCESSOR).tokens for each in (model, offloaded)]
+    assert torch.equal(*shown)
+    with pytest.raises(ValueError, match="is on the meta device and has no values"):
+        encode(tmp_path / "page.png", model.to("meta"), tmp_path / "nothing")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
+from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import input_device
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import read_image
 from deepseek_ocr_vision.visualize.maps import (
     Target,
@@ -290,7 +291,7 @@ def view_page(model: Any, image: Any, *, image_processor: Any = None) -> PageVie
     # A processor as `AutoProcessor` gives it has the image processor inside.
     image_processor = getattr(image_processor, "image_processor", image_processor)
     page, _ = read_image(image, "image", input_data_format=None, do_convert_rgb=True, keeps_tensor=False)
-    pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(model.device)
+    pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(input_device(model))
     with torch.no_grad(), evaluating(model):
         outputs = model(pixel_values=pixel_values, output_attentions=True, return_dict=True)
     tokens = on_grid(outputs.last_hidden_state[0], pixel_values, model.config.patch_size).float().cpu()
