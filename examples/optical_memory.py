@@ -11,10 +11,16 @@ leaves in `--output_dir`:
 
     report.md           what was measured on passages of texts that were held out, and the command that measured it
     loss.png            losses on held-out passages, with and without their pages
-    pages.png           held-out pages, and beside each what was read from it, drawn alike
-    frozen/, trained/   the runs: checkpoints, `result.json`, and in composite/ the model with its processor
+    pages.png           held-out pages, and beside each what was read from it, mistakes marked
+    frozen/, trained/   the runs: checkpoints, `result.json`, in composite/ the model with its processor, and in
+                        encoder/ the encoder alone, which another run can start from
 
-Interrupted and started again, it goes on where it was. Your own texts, encoder and language model:
+Interrupted and started again, it goes on where it was. With a language model that knows English, which stays as it is:
+
+    python examples/optical_memory.py --language_model smollm2 --encoder outputs/optical_memory/trained/encoder \\
+        --train_encoder true --output_dir outputs/smollm2_memory
+
+Your own texts, encoder and language model:
 
     python examples/optical_memory.py --text book.txt notes.txt --encoder deepseek-ocr-encoder/ \\
         --language_model my_llama/ --page_size 1024 --font_size 16 --margin 32 --output_dir outputs/my_memory
@@ -27,8 +33,8 @@ import math
 import os
 import shlex
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -36,13 +42,13 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from files import replacing, write_text
+from finetuning.arguments import HelpFormatter
+from finetuning.page_view import NUM_DRAWN_PAGES, draw_predictions
+from language_models import HELP, find_language_model
 from matplotlib.figure import Figure
 from passages import SPLITS, Passages, read_texts, split_texts, with_pages_of_another, without_pages
-from PIL import Image
 from report import (
     COLORS,
-    RIGHT,
-    WRONG,
     Result,
     character_error_rate,
     device_name,
@@ -58,6 +64,7 @@ from transformers import (
     HfArgumentParser,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerBase,
     Trainer,
     set_seed,
 )
@@ -73,9 +80,9 @@ logger = logging.getLogger("optical_memory")
 FROZEN, TRAINED = "frozen", "trained"
 RUNS = {"false": [FROZEN], "true": [TRAINED], "both": [FROZEN, TRAINED]}
 WITH, WITHOUT, ANOTHERS = "with their pages", "without pages", "with the pages of another passage"
+TRUNCATED = "with as many of their first text tokens"
 ARGUMENTS_FILE = "arguments.json"
 DECISIVE = ("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay")
-NUM_SHOWN_PAGES = 12
 
 
 # What can be asked for
@@ -123,13 +130,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "Checkpoint of the encoder (folder or Hub id). Without it, a small new one."},
     )
-    language_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint of the language model (folder or Hub id), with its tokenizer. Without it, a small new "
-            "Llama that reads and writes bytes."
-        },
-    )
+    language_model: str | None = field(default=None, metadata={"help": HELP})
     train_encoder: Literal["false", "true", "both"] = field(
         default="both",
         metadata={"help": "Whether the encoder is trained too; `both` does it without and with, from one start."},
@@ -172,6 +173,7 @@ def run(
     name: str,
     splits: dict[str, Dataset],
     *,
+    num_tokens: int,
     processor: LlavaProcessor,
     model_arguments: ModelArguments,
     arguments: MemoryArguments,
@@ -193,6 +195,9 @@ def run(
     with replacing(folder / "composite") as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
+    with replacing(folder / "encoder") as temporary:
+        model.model.vision_tower.save_pretrained(temporary)
+        processor.image_processor.save_pretrained(temporary)
     end = model.model.vision_tower.state_dict()
     result = MemoryResult(
         name=name,
@@ -203,8 +208,8 @@ def run(
         changed_encoder_tensors=sum(not torch.equal(end[key].cpu(), start[key]) for key in start),
         encoder_tensors=len(start),
         bits_per_byte={
-            kind: bits_per_byte(model, samples, collator=collator, batch_size=arguments.eval_batch_size)
-            for kind, samples in memories(held_out).items()
+            kind: bits_per_byte(model, **memory, collator=collator, batch_size=arguments.eval_batch_size)
+            for kind, memory in memories(held_out, num_tokens=num_tokens).items()
         },
     )
     result.save(folder / "result.json")
@@ -243,22 +248,42 @@ def train(
     return resume(trainer).log_history
 
 
-def memories(held_out: list[dict]) -> dict[str, list[dict]]:
-    """What the model is measured with: the right pages, none, and wrong ones, which have to be worse than none."""
-    return {WITH: held_out, WITHOUT: without_pages(held_out), ANOTHERS: with_pages_of_another(held_out)}
+def memories(held_out: list[dict], *, num_tokens: int) -> dict[str, dict]:
+    """What the model is measured with: the right pages, none, and wrong ones, which have to be worse than none.
+
+    Last, as many tokens of text as pages have tokens: the passage's first ones, which then cost nothing, and no page.
+    That is more than a language model makes of them, which would have to copy them.
+    """
+    blind = without_pages(held_out)
+    return {
+        WITH: {"samples": held_out},
+        WITHOUT: {"samples": blind},
+        ANOTHERS: {"samples": with_pages_of_another(held_out)},
+        TRUNCATED: {"samples": blind, "num_known": num_tokens},
+    }
 
 
 @torch.no_grad()
 def bits_per_byte(
-    model: LlavaForConditionalGeneration, samples: list[dict], *, collator: ImageTextCollator, batch_size: int
+    model: LlavaForConditionalGeneration,
+    samples: list[dict],
+    *,
+    collator: ImageTextCollator,
+    batch_size: int,
+    num_known: int = 0,
 ) -> float:
-    """What it takes on average to say the next byte of an answer to the model; the end of an answer is not counted."""
+    """What it takes on average to say the next byte of an answer to the model.
+
+    The end of an answer is not counted, and its first `num_known` tokens cost nothing.
+    """
     nats = 0.0
     end = collator.processor.tokenizer.eos_token_id
     for first in range(0, len(samples), batch_size):
         batch = {key: value.to(model.device) for key, value in collator(samples[first : first + batch_size]).items()}
         labels = batch.pop("labels")[:, 1:]  # [B, L - 1]
         labels = labels.masked_fill(labels == end, NOT_TRAINED_ON)
+        rank = (labels != NOT_TRAINED_ON).cumsum(dim=1)  # of each token in its answer, from 1 on
+        labels = labels.masked_fill(rank <= num_known, NOT_TRAINED_ON)
         logits = model(**batch).logits[:, :-1].float()  # [B, L - 1, V]
         nats += cross_entropy(logits.transpose(1, 2), labels, ignore_index=NOT_TRAINED_ON, reduction="sum").item()
     return nats / math.log(2) / sum(len(sample["answer"].encode()) for sample in samples)
@@ -297,7 +322,10 @@ def format_table(results: list[MemoryResult]) -> str:
 
     rows = [
         row("held-out passages", lambda r: f"encoder {r.name}"),
-        *(row(f"bits per byte {kind}", lambda r, kind=kind: f"{r.bits_per_byte[kind]:.3f}") for kind in memories([])),
+        *(
+            row(f"bits per byte {kind}", lambda r, kind=kind: f"{r.bits_per_byte[kind]:.3f}")
+            for kind in (WITH, WITHOUT, ANOTHERS, TRUNCATED)
+        ),
         row("character error rate of reading", lambda r: f"{character_error_rate(r.read, r.written):.1%}"),
         row("passages read without a mistake", lambda r: f"{page_accuracy(r.read, r.written):.1%}"),
         row("parameters trained", lambda r: f"{r.trainable_parameters:,}"),
@@ -307,7 +335,20 @@ def format_table(results: list[MemoryResult]) -> str:
     return markdown_table(rows)
 
 
-def format_report(results: list[MemoryResult], splits: dict[str, Passages], *, num_tokens: int, seed: int) -> str:
+def text_tokens(result: MemoryResult, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Tokens of text that a held-out passage has on average."""
+    lengths = [len(ids) for ids in tokenizer(result.written, add_special_tokens=False)["input_ids"]]
+    return sum(lengths) / len(lengths)
+
+
+def format_report(
+    results: list[MemoryResult],
+    splits: dict[str, Passages],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    num_tokens: int,
+    seed: int,
+) -> str:
     """`report.md`: the results, how they were measured, and how to measure them again."""
     written = results[0].written
     mean_bytes = sum(len(text.encode()) for text in written) / len(written)
@@ -317,8 +358,10 @@ def format_report(results: list[MemoryResult], splits: dict[str, Passages], *, n
 {format_table(results)}
 
 {len(written)} passages of held-out texts, of {mean_bytes:.1f} bytes on average; their pages are {num_tokens} tokens of
-the encoder. Bits per byte: what it takes to tell the model the next byte, by its own probabilities. It is the same
-model with the pages of the passage before it, with none, and with those of another passage. Error rate: insertions,
+the encoder, and there are {text_tokens(results[0], tokenizer) / num_tokens:.2f} tokens of text for each of them. Bits
+per byte: what it takes to tell the model the next byte, by its own probabilities. It is the same model with the pages
+of the passage before it, with none, with those of another passage, and without pages where the passage's first
+{num_tokens} tokens of text cost nothing: what the same room in the context holds as text. Error rate: insertions,
 deletions and substitutions that turn what the model wrote, greedily, into what is on the pages, a character written.
 
 ![losses](loss.png)
@@ -349,37 +392,7 @@ def draw_losses(results: list[MemoryResult], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_pages(result: MemoryResult, held_out: Passages, renderer: TextRenderer, path: Path) -> None:
-    """Draw the first pages of held-out passages, each with what was read from it, drawn alike, at its right."""
-    number = min(NUM_SHOWN_PAGES, len(held_out))
-    columns = min(4, number)
-    rows = -(-number // columns)
-    figure = Figure(figsize=(3 * columns, 1.7 * rows + 0.6), layout="constrained")
-    for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.axis("off")
-        if index < number:
-            is_right = result.read[index] == result.written[index]
-            reading = next(renderer.pages(result.read[index])).image
-            draw_pair(axes, held_out[index]["images"][0], reading, RIGHT if is_right else WRONG)
-    figure.suptitle(f"Held-out pages and, at their right, what was read from them; encoder {result.name}")
-    save_figure(figure, path)
-
-
-def draw_pair(axes: mpl.axes.Axes, page: Image.Image, reading: Image.Image, color: str) -> None:
-    """Draw two pages of the same size side by side, in frames, the second's in a color of its own."""
-    width, height = page.size
-    gap = width // 16
-    for left, picture, frame in ((0, page, "#bbbbbb"), (width + gap, reading, color)):
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(left, left + width, height, 0))
-        axes.add_patch(mpl.patches.Rectangle((left, 0), width, height, fill=False, color=frame))
-    axes.set(xlim=(-2, 2 * width + gap + 2), ylim=(height + 2, -2))
-
-
 # From the command line
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the lines of the description as they are."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[TextArguments, ModelArguments, MemoryArguments]:
@@ -397,6 +410,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[TextArguments, Model
         )
     if arguments.max_steps < 1:
         raise ValueError(f"--max_steps is {arguments.max_steps}; it has to be at least 1.")
+    model_arguments.language_model = find_language_model(model_arguments.language_model)
     return text_arguments, model_arguments, arguments
 
 
@@ -426,18 +440,12 @@ def claim_output_folder(output: Path, asked: dict) -> None:
         )
 
 
-def build_renderer(arguments: TextArguments, *, page_size: int, replacement: str | None = None) -> TextRenderer:
-    """What draws the pages."""
-    font = arguments.font or str(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf"))
-    options = {"font_size": arguments.font_size, "margin": arguments.margin, "replacement": replacement}
-    return TextRenderer(size=page_size, font=font, **options)
-
-
 def build_passages(
     texts: dict[str, list[str]], arguments: TextArguments, *, page_size: int, num_training_passages: int, seed: int
 ) -> dict[str, Passages]:
     """The passages to train on and the passages held out."""
-    renderer = build_renderer(arguments, page_size=page_size)
+    font = arguments.font or str(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf"))
+    renderer = TextRenderer(size=page_size, font=font, font_size=arguments.font_size, margin=arguments.margin)
     numbers = {"train": num_training_passages, "held_out": arguments.num_held_out_passages}
     return {
         split: Passages(
@@ -480,16 +488,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     claim_output_folder(output, asked)
 
-    results = [
-        run(name, splits, processor=processor, model_arguments=model_arguments, arguments=arguments)
-        for name in RUNS[model_arguments.train_encoder]
-    ]
-    draw_losses(results, output / "loss.png")
-    # A model may well write bytes that are no characters.
-    tolerant = build_renderer(text_arguments, page_size=page_size, replacement="?")
-    draw_pages(results[-1], splits["held_out"], tolerant, output / "pages.png")
     num_tokens = text_arguments.pages_per_passage * image_processor.num_image_tokens(page_size, page_size)
-    write_text(output / "report.md", format_report(results, splits, num_tokens=num_tokens, seed=arguments.seed))
+    parts = {"processor": processor, "model_arguments": model_arguments, "arguments": arguments}
+    results = [run(name, splits, num_tokens=num_tokens, **parts) for name in RUNS[model_arguments.train_encoder]]
+    draw_losses(results, output / "loss.png")
+    first_pages = [
+        {"image": sample["images"][0].convert("RGB")} for sample in islice(splits["held_out"], NUM_DRAWN_PAGES)
+    ]
+    draw_predictions(results[-1], first_pages, output / "pages.png")
+    facts = {"tokenizer": processor.tokenizer, "num_tokens": num_tokens, "seed": arguments.seed}
+    write_text(output / "report.md", format_report(results, splits, **facts))
     sys.stdout.write(f"\n{format_table(results)}\n\nEverything is in {output}; see report.md there.\n")
 
 

@@ -144,6 +144,21 @@ def test_bits_per_byte_are_those_of_the_probabilities():
     assert measured == pytest.approx([bits / 10] * 2, rel=1e-4)
 
 
+def test_tokens_that_are_known_cost_nothing():
+    """Pins a baseline of text that counts what it was given, or is divided by the bytes of the rest alone."""
+    processor = build_processor(page_size=64)
+    model = build_model(processor).eval()
+    options = {"collator": ImageTextCollator(processor), "batch_size": 3}
+    samples = [passages.as_sample([], text) for text in ("abcdef", "gh", "abc")]  # a token is a byte
+    of_all, of_four, of_six = (optical_memory.bits_per_byte(model, samples, num_known=n, **options) for n in (0, 4, 6))
+    start = [passages.as_sample([], text) for text in ("abcd", "gh", "abc")]
+    assert of_four * 11 == pytest.approx(
+        (of_all * 11) - optical_memory.bits_per_byte(model, start, **options) * 9, rel=1e-4
+    )
+    assert of_four > 0
+    assert of_six == 0
+
+
 def test_each_passage_gets_the_pages_of_another_one():
     """Pins a control that hands out the right pages."""
     samples = [passages.as_sample([index], str(index)) for index in range(3)]
@@ -175,7 +190,10 @@ def test_everything_is_left_in_the_output_folder(finished):
         with Image.open(finished / name) as picture:
             picture.verify()
     report = (finished / "report.md").read_text()
-    for expected in ("bits per byte without pages", "encoder frozen", "encoder trained", "are 4 tokens"):
+    for expected in (
+        *("bits per byte without pages", "with as many of their first text tokens", "encoder frozen"),
+        *("encoder trained", "are 4 tokens"),
+    ):
         assert expected in report
 
 
@@ -207,8 +225,8 @@ def test_the_saved_model_is_the_one_that_was_measured(finished):
     before = result(finished, "frozen")
     assert [sample["answer"] for sample in held_out] == before.written
     collator = ImageTextCollator(processor)
-    for kind, samples in optical_memory.memories(list(held_out)).items():
-        bits = optical_memory.bits_per_byte(model, samples, collator=collator, batch_size=5)
+    for kind, memory in optical_memory.memories(list(held_out), num_tokens=4).items():
+        bits = optical_memory.bits_per_byte(model, **memory, collator=collator, batch_size=5)
         assert bits == pytest.approx(before.bits_per_byte[kind], rel=1e-4)
 
 
