@@ -137,6 +137,32 @@ def test_sizes_that_do_not_match_the_file_are_refused_before_memory_is_taken(tmp
     assert [line.split()[1:] for line in output.splitlines()] == [["True"] * 3] * len(changes)
 
 
+@pytest.mark.parametrize("changes", [{"intermediate_size": 50_000_000}, {"num_hidden_layers": 10**6}])
+def test_sizes_of_a_quantised_checkpoint_are_compared_by_what_is_not_quantised(saved, changes):
+    """Pins a `quantization_config` in a file, with which no size at all was looked at."""
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    change_config(saved, lambda config: config.update(quantised))
+    change_config(saved, lambda config: config["clip_config"].update(changes))
+    with pytest.raises(ValueError, match=r"fc1\.bias \(found \[64\], expected \[50000000\]\)|have 2 layers"):
+        AutoModel.from_pretrained(saved)
+
+
+def test_an_adapter_is_not_taken_for_the_model_that_it_names(saved, tmp_path):
+    """Pins weights of another place than the one that was named and checked."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    adapted = peft.get_peft_model(AutoModel.from_pretrained(saved), peft.LoraConfig(target_modules=["qkv_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter holds an adapter\. `AutoModel"):
+        DeepSeekOCRVisionModel.from_pretrained(tmp_path / "adapter")
+    loaded = AutoModel.from_pretrained(tmp_path / "adapter")
+    assert any("lora" in name for name, _ in loaded.named_parameters())
+    assert loaded.default_image_processor().size == AutoModel.from_pretrained(saved).default_image_processor().size
+    shard = sorted(saved.glob("model-*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes().replace(b'"F32"', b'"I32"'))
+    with pytest.raises(ValueError, match="has dtype I32"):
+        AutoModel.from_pretrained(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("dtype", ["I32", "U32"])
 def test_whole_numbers_are_no_weights(saved, dtype):
     """Pins bits that mean -0.1 and are loaded as -1110279296.0."""

@@ -249,8 +249,11 @@ def test_a_server_without_ranges_gives_whole_files_and_that_is_said_first(tmp_pa
 def test_what_the_hub_answers_is_told_with_status_repository_and_advice(tmp_path, hub):
     """Pins errors that a user can act on, and a second run that completes."""
     hub.faults.append(Fault(path=r"/resolve/.*config\.json", status=403, times=1))
-    code = "result = [attempt(), attempt(revision='none'), attempt()]"
-    forbidden, missing, completed = run_load(hub, tmp_path / "home", code)
+    (tmp_path / "file").touch()
+    unwritable = str(tmp_path / "file" / "cache")  # the tests may run as root, whom no permission stops
+    code = f"result = [attempt(), attempt(revision='none'), attempt(cache_dir={unwritable!r}), attempt()]"
+    forbidden, missing, unwritten, completed = run_load(hub, tmp_path / "home", code)
+    assert unwritable in unwritten
     assert missing.startswith(f"OSError: {REPO}: the Hub answered 404")
     assert forbidden.startswith(f"OSError: {REPO}: the Hub answered 403")
     assert isinstance(completed, dict)

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+    is_peft_available,
+)
 
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import (
     DeepSeekOCRVisionConfig,
@@ -22,7 +29,7 @@ from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOC
 
 from .checkpoints import LocalCheckpoint, open_weights, read_index, require_name
 from .names import raise_foreign
-from .safetensors_files import TensorEntry, require_float
+from .safetensors_files import DTYPES, TensorEntry, require_float
 from .sizes import check_layers, expected_shapes, read_config_of
 
 
@@ -52,10 +59,12 @@ def check_before_loading(
 
     Raises:
         OSError: A file is missing, or cannot be fetched.
-        ValueError: A file is corrupt or leads out of the folder, or the weights do not fit the configuration.
+        ValueError: A file is corrupt or leads out of the folder, the weights do not fit the configuration, or there is
+            an adapter in place of a model.
     """
     if options.get("use_safetensors") is False or options.get("gguf_file") is not None:
         return options
+    _refuse_adapter(source, options)
     try:
         config = _config(model_class, source, options)
     except OSError:
@@ -65,12 +74,29 @@ def check_before_loading(
     if path is None:
         return options
     checkpoint = open_weights(path, {})
-    # Quantised weights have other names and dtypes, which only their quantiser knows.
     if getattr(config, "quantization_config", None) is None:
         _check_tensors(model_class, config, checkpoint, strict=strict, allow_mismatched=allow_mismatched)
+    else:
+        _check_quantised(model_class, config, checkpoint)
     if os.path.exists(source):
         return options
     return options | {"revision": _commit_of(path, options), "force_download": False}
+
+
+def _refuse_adapter(source: str | os.PathLike, options: dict[str, Any]) -> None:
+    """Refuse an adapter, in place of which transformers loads the model that it names, from wherever that is.
+
+    `AutoModel` looks that name up itself, and loads that model as any other.
+    """
+    is_model = os.path.isfile(source) or os.path.isfile(os.path.join(source, CONFIG_NAME))
+    if is_model or not is_peft_available() or "_adapter_model_path" in (options.get("adapter_kwargs") or {}):
+        return
+    hub_options = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+    if find_adapter_config_file(os.fspath(source), **hub_options) is not None:
+        raise ValueError(
+            f"{source} holds an adapter. `AutoModel.from_pretrained` loads it with the encoder that it names, and "
+            "`peft.PeftModel.from_pretrained(encoder, ...)` puts it on one that you have loaded."
+        )
 
 
 def _config(
@@ -163,6 +189,20 @@ def _check_tensors(
     for key in expected:
         if key in found:
             require_float(checkpoint.folder / found[key].file, key, found[key])
+
+
+def _check_quantised(
+    model_class: type[DeepSeekOCRVisionModel], config: DeepSeekOCRVisionConfig, checkpoint: LocalCheckpoint
+) -> None:
+    """Compare what is not quantised: names, dtypes and shapes of the rest are known to the quantiser alone."""
+    found = _without_prefix(checkpoint.tensors)
+    check_layers(config, found)
+    expected = expected_shapes(model_class, config)
+    plain = [key for key in expected if key in found and found[key].dtype in DTYPES]
+    mismatched = [(key, found[key].shape, expected[key]) for key in plain if found[key].shape != expected[key]]
+    check_loading_info(
+        {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": mismatched}, allow_mismatched=False
+    )
 
 
 def _without_prefix(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
