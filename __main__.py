@@ -89,7 +89,17 @@ def show(options: argparse.Namespace) -> int:
 def encode(options: argparse.Namespace) -> int:
     """Encode pages into a table of tokens."""
     choices = {name: getattr(options, name) for name in ("preset", "mode", "feature_mode", "dtype")}
-    names = ("out", "tokens", "batch_size", "num_workers", "pages_per_file", "dpi", "split", "image_column", "shard")
+    names: tuple[str, ...] = (
+        "out",
+        "tokens",
+        "batch_size",
+        "num_workers",
+        "pages_per_file",
+        "dpi",
+        "split",
+        "image_column",
+        "shard",
+    )
     names += ("ray", "num_encoders", "gpus_per_encoder")
     fields = {name: getattr(options, name) for name in names}
     fields["timeout"] = options.timeout if options.num_workers else None
@@ -99,7 +109,8 @@ def encode(options: argparse.Namespace) -> int:
         model, image_processor = load_encoder(options.model, **choices)
         is_here = options.ray is None  # Ray moves what it has
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        model.to((options.device or accelerator) if is_here else "cpu")
+        device = (options.device or accelerator) if is_here else "cpu"
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps it as a plain function
         if is_here and model.device.type == "cpu":
             height, width = (image_processor.size[side] for side in ("height", "width"))
             fit_threads(model, num_pixels=options.batch_size * height * width)
@@ -120,9 +131,15 @@ def read(options: argparse.Namespace) -> int:
     from deepseek_ocr_vision.composites.read_pages import load_reader, prompt_of, read_page
 
     prompt = prompt_of(options.prompt)
-    where = {"dpi": options.dpi, "split": "train", "image_column": "image", "num_workers": 0, "timeout": None}
+    where: dict[str, Any] = {
+        "dpi": options.dpi,
+        "split": "train",
+        "image_column": "image",
+        "num_workers": 0,
+        "timeout": None,
+    }
     found = find_pages(options.pages, **where)
-    names = ("mode", "dtype", "device", "revision", "cache_dir")
+    names: tuple[str, ...] = ("mode", "dtype", "device", "revision", "cache_dir")
     model, processor = load_reader(options.model, **{name: getattr(options, name) for name in names})
     names = ("max_new_tokens", "ngram_size", "window_size")
     choices = {name: getattr(options, name) for name in names} | {"prompt": prompt}
@@ -166,7 +183,7 @@ def _sheets(pages: Sequence[Path], out: str | None, number: int) -> list[Path]:
     if is_folder and out is not None and Path(out).is_file():
         raise NotADirectoryError(f"{out} is a file; {len(pages)} pages need a folder.")
     end = "sheet.png" if number == 1 else f"{number}-sheet.png"
-    targets = [Path(out or ".") / f"{page.stem}-{end}" for page in pages] if is_folder else [Path(out)]
+    targets = [Path(out or ".") / f"{page.stem}-{end}" for page in pages] if is_folder else [Path(str(out))]
     for index, target in enumerate(targets):
         require_image_suffix(target)
         if target in targets[:index]:

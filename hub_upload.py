@@ -185,7 +185,7 @@ def _render_page(path: Path) -> Path:
 
 
 # Also run by the fresh process, which gets the text of this function and has no other name of this file.
-def _encode(model: Any, processor: Any, page: str) -> dict[str, torch.Tensor]:
+def _encode(model: Any, processor: Any, page: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The page's pixels as the processor prepares them, and its tokens, at a size of 512 pixels at most.
 
     A page of 1024 takes four times as long, and would tell no more of weights and code.
@@ -265,13 +265,13 @@ def _shapes(model: DeepSeekOCRVisionModel, image_processor: DeepSeekOCRVisionIma
     height, width, tokens, page = "height", "width", "tokens", "images in their own size"
     geometry = "left in their size, whose sides have to be multiples of 64"
     if image_processor.do_resize:
-        height, width = size["height"], size["width"]
+        rows, columns = size["height"], size["width"]
         # A page of this size; where there are tiles, a larger image has more tokens.
-        small = min(height, width, image_processor.tile_size or height)
-        tokens = image_processor.num_image_tokens(small, small, feature_mode=config.feature_mode)
-        page = f"{height} x {width}"
+        small = min(rows, columns, image_processor.tile_size or rows)
+        tokens = str(image_processor.num_image_tokens(small, small, feature_mode=config.feature_mode))
+        height, width, page = str(rows), str(columns), f"{rows} x {columns}"
         pads = image_processor.do_pad
-        pads = PRESETS[image_processor.preset].pads(height, width) if pads is None else pads
+        pads = PRESETS[image_processor.preset].pads(rows, columns) if pads is None else pads
         geometry = f"fitted into {page} pixels, the rest grey" if pads else f"stretched to {page} pixels"
     special = ", a newline after each row, a separator at the end" if config.feature_mode == "sequence" else ""
     return {
@@ -372,7 +372,8 @@ def _environment_of_a_reader(home: str) -> dict[str, str]:
 def _load_encode_save(source: str, page: str, result: str, copy: str) -> None:
     """Load a folder without this package, encode a page, and save model and processor into `copy` if it is named."""
     # An import that finds `None` there fails as one of a package that is not installed.
-    sys.modules["deepseek_ocr_vision"] = None
+    nothing: Any = None
+    sys.modules["deepseek_ocr_vision"] = nothing
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
@@ -532,7 +533,7 @@ def _check_remote(api: HfApi, remote: ModelInfo, repo_id: str, *, private: bool,
         raise ValueError(f"{repo_id} holds another model ({kind}); `force` (--force) overwrites it.")
 
 
-def _model_type(api: HfApi, repo_id: str, revision: str) -> str:
+def _model_type(api: HfApi, repo_id: str, revision: str | None) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         path = api.hf_hub_download(repo_id, "config.json", revision=revision, local_dir=temporary)
         try:

@@ -11,7 +11,7 @@ checkpoint, in which transformers loads and saves.
 
 import os
 from functools import wraps
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
@@ -69,12 +69,15 @@ class DeepSeekOCRConfig(UnlimitedOcrConfig):
     """
 
     model_type = "deepseek_ocr_full"
-    sub_configs_defaults: ClassVar = {
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "vision_config": DeepSeekOCRVisionConfig,
         "text_config": UnlimitedOcrTextConfig,
     }
 
     aux_loss_alpha: float = 0.001
+    if TYPE_CHECKING:  # what they are once the configuration is built, which the annotations of its base do not say
+        vision_config: Any
+        text_config: Any
 
     def __post_init__(self, **kwargs: Any):
         if self.vision_config is None or isinstance(self.vision_config, dict):
@@ -124,14 +127,15 @@ class DeepSeekOCRModel(UnlimitedOcrModel):
     """
 
     config_class = DeepSeekOCRConfig
-    _no_split_modules: ClassVar = ["SamBlock", "ClipLayer", "UnlimitedOcrTextDecoderLayer"]
+    config: DeepSeekOCRConfig
+    _no_split_modules = ["SamBlock", "ClipLayer", "UnlimitedOcrTextDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: DeepSeekOCRConfig):
         # The base of `UnlimitedOcrModel`, which would build a vision tower of its own from another configuration.
         super(UnlimitedOcrModel, self).__init__(config)
         width = config.text_config.hidden_size
         self.vocab_size = config.text_config.vocab_size
-        self.vision_tower = DeepSeekOCRVisionModel(config.vision_config)
+        self.vision_tower: Any = DeepSeekOCRVisionModel(config.vision_config)
         self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, width)
         self.language_model = UnlimitedOcrTextModel(config.text_config)
         self.view_separator = nn.Parameter(torch.zeros(width))
@@ -151,7 +155,8 @@ class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditiona
     """
 
     config_class = DeepSeekOCRConfig
-    _no_split_modules: ClassVar = DeepSeekOCRModel._no_split_modules
+    config: DeepSeekOCRConfig
+    _no_split_modules = DeepSeekOCRModel._no_split_modules
 
     def __init__(self, config: DeepSeekOCRConfig):
         super(UnlimitedOcrForConditionalGeneration, self).__init__(config)
@@ -326,7 +331,7 @@ class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditiona
         """
         _require_own_kind(pretrained_model_name_or_path, kwargs)
         kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path,
             *model_args,
             # Shapes are checked below, where the error can name both.
@@ -334,6 +339,7 @@ class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditiona
             output_loading_info=True,
             **kwargs,
         )
+        model, info = loaded
         if output_loading_info:
             return model, info
         mismatched = [] if ignore_mismatched_sizes else info["mismatched_keys"]

@@ -48,7 +48,12 @@ class DeepSeekOCRProcessor(ProcessorMixin):
         ValueError: The tokenizer has no token `<image>`.
     """
 
-    skip_tensor_conversion = ("video_metadata", "text_replacement_offsets", "num_local_patches", "patches_grid")
+    skip_tensor_conversion = [  # noqa: RUF012
+        "video_metadata",
+        "text_replacement_offsets",
+        "num_local_patches",
+        "patches_grid",
+    ]
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         self.image_token = IMAGE_TOKEN

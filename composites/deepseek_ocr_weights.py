@@ -144,7 +144,7 @@ def local_source(
     if repo_id is None:
         return Path(source)
     with explained(repo_id):
-        return Path(snapshot_download(repo_id, allow_patterns=patterns and list(patterns), **hub_options))
+        return Path(snapshot_download(repo_id, allow_patterns=list(patterns) if patterns else None, **hub_options))
 
 
 def is_router(name: str) -> bool:

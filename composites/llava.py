@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
@@ -120,7 +120,7 @@ def save_llava(
     Raises:
         OSError: The folder cannot be written to.
     """
-    options = {} if state_dict is None else {"state_dict": state_dict}
+    options: dict[str, Any] = {} if state_dict is None else {"state_dict": state_dict}
     model.save_pretrained(folder, **options)
     processor.save_pretrained(folder)
     (Path(folder) / "README.md").write_text(README, "utf-8")
@@ -170,9 +170,9 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def holds_images(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Whether a chat template writes an image token where a message has an image."""
-    probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    probe: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     try:
-        written = tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)
+        written = str(tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False))
     except (jinja2.TemplateError, TypeError):  # of a template that joins strings
         return False
     return written.count(IMAGE_TOKEN) == 1 and "What is this?" in written
@@ -225,7 +225,8 @@ def build_model(
         tie_word_embeddings=language_config.tie_word_embeddings,
     )
     if encoder is None and language_model is None:
-        return transformers.LlavaForConditionalGeneration(config).to(dtype)
+        model = transformers.LlavaForConditionalGeneration(config)
+        return model.to(dtype)  # type: ignore[arg-type]  # transformers wraps it as a plain function
     return join_checkpoints(config, processor, encoder=encoder, language_model=language_model, dtype=dtype)
 
 
@@ -243,7 +244,7 @@ def join_checkpoints(
     dtype: torch.dtype,
 ) -> "LlavaForConditionalGeneration":
     """Put pretrained parts into a composite; what neither of them has, such as the projector, is newly initialised."""
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     if encoder:
         tower = DeepSeekOCRVisionModel.from_pretrained(encoder, dtype=dtype)
         weights |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
@@ -253,10 +254,10 @@ def join_checkpoints(
         weights |= {f"model.language_model.{name}": tensor for name, tensor in base.items()}
         weights["lm_head.weight"] = causal.get_output_embeddings().weight
     # The tensors are taken as they are, so a language model is in memory once, and nothing of its size is initialised.
-    options = {"config": config, "state_dict": weights, "dtype": dtype}
+    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": dtype}
     model = transformers.LlavaForConditionalGeneration.from_pretrained(None, **options)
     model.config.name_or_path = model.name_or_path = ""  # transformers writes the text "None"
-    if len(processor.tokenizer) > config.text_config.vocab_size:
+    if len(processor.tokenizer) > config.get_text_config().vocab_size:
         model.resize_token_embeddings(len(processor.tokenizer))
     if causal:
         model.generation_config = causal.generation_config  # it may know more ends of a turn than one

@@ -41,7 +41,7 @@ def load_reader(
     processor = DeepSeekOCRProcessor.from_deepseek_ocr(source, mode=mode, **hub_options)
     model = DeepSeekOCRForConditionalGeneration.from_deepseek_ocr(source, dtype=dtype, **hub_options)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device or accelerator), processor
+    return model.to(device or accelerator), processor  # type: ignore[arg-type]  # wrapped as a plain function
 
 
 def prompt_of(prompt: str) -> str:

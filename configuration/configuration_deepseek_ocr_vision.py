@@ -273,8 +273,10 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
         stated_hidden_size = kwargs.pop("hidden_size", None)
         if IN_PACKAGE:
             kwargs.pop("auto_map", None)
-        self.sam_config = _as_config("sam_config", sam_config, DeepSeekOCRVisionSamConfig)
-        self.clip_config = _as_config("clip_config", clip_config, DeepSeekOCRVisionClipConfig)
+        self.sam_config: DeepSeekOCRVisionSamConfig = _as_config("sam_config", sam_config, DeepSeekOCRVisionSamConfig)
+        self.clip_config: DeepSeekOCRVisionClipConfig = _as_config(
+            "clip_config", clip_config, DeepSeekOCRVisionClipConfig
+        )
         self.image_size = self.sam_config.image_size if image_size is None else image_size
         self.patch_size = self.sam_config.token_size if patch_size is None else patch_size
         self.num_channels = num_channels
@@ -368,7 +370,7 @@ def refuse_whole_model(source: str | os.PathLike, config_dict: dict[str, Any]) -
         )
 
 
-def _as_config(field: str, value: Any, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _as_config(field: str, value: Any, config_class: type[PreTrainedConfig]) -> Any:
     if value is None:
         return config_class()
     if isinstance(value, dict):

@@ -65,7 +65,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def is_recording() -> bool:
     """Whether the operations go into a graph: by `torch.compile`, `torch.export`, or by tracing, for ONNX too."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def block_dtype(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> torch.dtype:

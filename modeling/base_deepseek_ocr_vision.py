@@ -161,7 +161,7 @@ def feed_forward(
     return activate_and_contract(expand(hidden_states))
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model's inputs belong: with its weights. If those are offloaded, hooks move the inputs."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
 

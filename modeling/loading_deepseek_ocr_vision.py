@@ -48,7 +48,7 @@ class CheckpointMixin(DeepSeekOCRVisionPreTrainedModel):
         output_loading_info: bool = False,
         verify_checksums: bool = False,
         **kwargs,
-    ):
+    ) -> Self:
         """Load a checkpoint as transformers does, but never go on with random weights under a mere warning.
 
         Args:
@@ -82,7 +82,7 @@ class CheckpointMixin(DeepSeekOCRVisionPreTrainedModel):
                 cls, source, strict=strict, allow_mismatched=ignore_mismatched_sizes, options=kwargs
             )
         try:
-            model, loading_info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 source,
                 *model_args,
                 # Shapes are checked below, where the error can name both.
@@ -92,6 +92,7 @@ class CheckpointMixin(DeepSeekOCRVisionPreTrainedModel):
             )
         except SafetensorError as error:
             raise ValueError(f"{source}: a safetensors file is corrupt ({error}); fetch it again.") from error
+        model, loading_info = loaded
         if strict:
             check_loading_info(loading_info, allow_mismatched=ignore_mismatched_sizes)
         if source is None:
@@ -101,7 +102,8 @@ class CheckpointMixin(DeepSeekOCRVisionPreTrainedModel):
             model._origin = _origin_of(source, kwargs)
         if verify_checksums:
             _verify_files(source, kwargs)
-        return (model, loading_info) if output_loading_info else model
+        result: Any = (model, loading_info) if output_loading_info else model
+        return result
 
     @classmethod
     def from_deepseek_ocr(
@@ -187,7 +189,7 @@ class CheckpointMixin(DeepSeekOCRVisionPreTrainedModel):
             raise ImportError(NEEDS_PACKAGE) from error
         return write_deepseek_ocr(self, base, target, **hub_options)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the rest is in `kwargs`
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -285,7 +287,7 @@ def _origin_of(source: str | os.PathLike, options: dict[str, Any]) -> Origin | N
     if os.path.isdir(source):
         return Origin(origin, pretrained_model_name_or_path=os.path.abspath(source))
     try:
-        config = cached_file(source, CONFIG_NAME, **(origin | {"local_files_only": True}))
+        config: Any = cached_file(source, CONFIG_NAME, **(origin | {"local_files_only": True}))
     except OSError:
         return Origin(origin, pretrained_model_name_or_path=source)
     folder = os.path.dirname(config).removesuffix(options.get("subfolder") or "").rstrip("/\\")
@@ -302,5 +304,5 @@ def _verify_files(source: str | os.PathLike | None, options: dict[str, Any]) -> 
     """Compare a checkpoint's files, in its folder or in the Hub's cache, with its checksums."""
     if source is None:
         raise ValueError("`verify_checksums` is true, but without a checkpoint there are no files to compare.")
-    checksums = cached_file(source, CHECKSUMS, **_hub_options(options))
+    checksums: Any = cached_file(source, CHECKSUMS, **_hub_options(options))
     verify_folder(os.path.dirname(checksums), allow_missing=not os.path.isdir(source))

@@ -290,7 +290,7 @@ def view_page(model: Any, image: Any, *, image_processor: Any = None) -> PageVie
     image_processor = model.default_image_processor() if image_processor is None else image_processor
     # A processor as `AutoProcessor` gives it has the image processor inside.
     image_processor = getattr(image_processor, "image_processor", image_processor)
-    page, _ = read_image(image, "image", input_data_format=None, do_convert_rgb=True, keeps_tensor=False)
+    page: Any = read_image(image, "image", input_data_format=None, do_convert_rgb=True, keeps_tensor=False)[0]
     pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(input_device(model))
     with torch.no_grad(), evaluating(model):
         outputs = model(pixel_values=pixel_values, output_attentions=True, return_dict=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -20,12 +20,8 @@ from transformers.utils import (
     is_peft_available,
 )
 
-from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import (
-    DeepSeekOCRVisionConfig,
-    refuse_whole_model,
-)
+from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import refuse_whole_model
 from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import check_loading_info
-from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
 
 from .checkpoints import LocalCheckpoint, open_weights, read_index, require_name
 from .names import raise_foreign
@@ -38,7 +34,7 @@ _PREFIX = "model."
 
 
 def check_before_loading(
-    model_class: type[DeepSeekOCRVisionModel],
+    model_class: type[PreTrainedModel],
     source: str | os.PathLike,
     *,
     strict: bool,
@@ -99,9 +95,7 @@ def _refuse_adapter(source: str | os.PathLike, options: dict[str, Any]) -> None:
         )
 
 
-def _config(
-    model_class: type[DeepSeekOCRVisionModel], source: str | os.PathLike, options: dict[str, Any]
-) -> DeepSeekOCRVisionConfig:
+def _config(model_class: type[PreTrainedModel], source: str | os.PathLike, options: dict[str, Any]) -> Any:
     """The configuration that transformers will build the model by."""
     config = options.get("config")
     if isinstance(config, PreTrainedConfig):
@@ -110,10 +104,11 @@ def _config(
     place = source if config is None else config
     hub_options = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
     refuse_whole_model(place, read_config_of(place, **hub_options))
-    return model_class.config_class.from_pretrained(place, return_unused_kwargs=True, **fields)[0]
+    config_class: Any = model_class.config_class
+    return config_class.from_pretrained(place, return_unused_kwargs=True, **fields)[0]
 
 
-def _weights_file(source: str | os.PathLike, config: DeepSeekOCRVisionConfig, options: dict[str, Any]) -> Path | None:
+def _weights_file(source: str | os.PathLike, config: PreTrainedConfig, options: dict[str, Any]) -> Path | None:
     """The safetensors file or the index that transformers will choose, fetched if it is on the Hub.
 
     `None` if a folder on this machine has neither: transformers says so.
@@ -145,7 +140,7 @@ def _fetch(repo_id: str, names: list[str], options: dict[str, Any]) -> Path:
     errors = []
     for name in names:
         try:
-            path = Path(cached_file(repo_id, name, **hub_options))
+            path = Path(str(cached_file(repo_id, name, **hub_options)))
             break
         except OSError as error:
             errors.append(error)
@@ -165,8 +160,8 @@ def _commit_of(path: Path, options: dict[str, Any]) -> str | None:
 
 
 def _check_tensors(
-    model_class: type[DeepSeekOCRVisionModel],
-    config: DeepSeekOCRVisionConfig,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
     checkpoint: LocalCheckpoint,
     *,
     strict: bool,
@@ -177,7 +172,7 @@ def _check_tensors(
     check_layers(config, found)
     expected = expected_shapes(model_class, config)
     if strict:
-        ignored = [re.compile(pattern) for pattern in model_class._keys_to_ignore_on_load_unexpected]
+        ignored = [re.compile(pattern) for pattern in model_class._keys_to_ignore_on_load_unexpected or ()]
         unexpected = [key for key in found if key not in expected and not any(rule.search(key) for rule in ignored)]
         missing = [key for key in expected if key not in found]
         shapes = [(key, found[key].shape, shape) for key, shape in expected.items() if key in found]

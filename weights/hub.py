@@ -55,7 +55,7 @@ class Repository:
     repo_id: str
     commit: str
     token: str | bool | None
-    cache_dir: str | os.PathLike | None
+    cache_dir: str | Path | None
     folder: Path
 
     @property
@@ -271,7 +271,7 @@ def open_remote(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | Path | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> RemoteCheckpoint | LocalCheckpoint:
@@ -282,7 +282,8 @@ def open_remote(
             repository.
         ValueError: The name is no repository's, or a file is not what it should be.
     """
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    options["local_files_only"] = local_files_only
     with explained(repo_id):
         config = Path(hf_hub_download(repo_id, CONFIG, force_download=force_download, **options))
         repository = Repository(repo_id, config.parent.name, token, cache_dir, config.parent)
@@ -300,19 +301,20 @@ def open_remote(
 
 def _open_headers(repository: Repository, config: dict[str, Any]) -> RemoteCheckpoint:
     try:
-        files = {SAFE_WEIGHTS_NAME: RemoteFile(repository, SAFE_WEIGHTS_NAME)}
+        remote = {SAFE_WEIGHTS_NAME: RemoteFile(repository, SAFE_WEIGHTS_NAME)}
         index: dict[str, str] = {}
     except EntryNotFoundError:
         index = read_index(repository.download(SAFE_WEIGHTS_INDEX_NAME))
         # Without a vision tensor in the index every file is opened, to say what the checkpoint looks like.
         needed = {file for name, file in index.items() if is_vision(name)} or set(index.values())
-        files = {file: RemoteFile(repository, file) for file in sorted(needed)}
+        remote = {file: RemoteFile(repository, file) for file in sorted(needed)}
+    files: dict[str, RemoteFile | WholeFile] = dict(remote)
     tensors: dict[str, TensorEntry] = {}
     for name in files:
         try:
             header = read_header(f"{repository.repo_id}/{name}", files[name].size, files[name].read)
         except RangesNotServedError:
-            files[name] = WholeFile(files[name])
+            files[name] = WholeFile(remote[name])
             header = read_header(f"{repository.repo_id}/{name}", files[name].size, files[name].read)
         for tensor, entry in header.items():
             if tensor in tensors or index.get(tensor, name) != name:

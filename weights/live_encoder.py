@@ -1,23 +1,22 @@
 """Weights in: a model around the weights of a live encoder of the package `deepseek-ocr-encoder`."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-
-from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
+from transformers import PreTrainedModel
 
 from .names import match_tensors, our_name
 from .sizes import config_of_shapes, expected_shapes
 
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
 CARRIED = ("sam", "clip_pre", "clip_tr", "clip_pos_table")
 """What every version of that package's encoder carries: both stages, and in place of CLIP's embeddings a table."""
 
 
-def load_live_encoder(
-    model_class: type[DeepSeekOCRVisionModel], encoder: Any, *, copy: bool
-) -> DeepSeekOCRVisionModel:
+def load_live_encoder(model_class: type[Model], encoder: Any, *, copy: bool) -> Model:
     """What `DeepSeekOCRVisionModel.from_encoder` says."""
     tensors = tensors_of(encoder)
     _require_usable(tensors, copy=copy)

@@ -35,7 +35,7 @@ def load_encoder(
         OSError: There is no such checkpoint.
         ValueError: The checkpoint is corrupt or lacks weights, or the preset has no such mode.
     """
-    fields = {} if feature_mode is None else {"feature_mode": feature_mode}
+    fields: dict[str, Any] = {} if feature_mode is None else {"feature_mode": feature_mode}
     if is_encoder(source):
         model = DeepSeekOCRVisionModel.from_pretrained(source, dtype=dtype or "auto", **fields)
         image_processor = model.default_image_processor()
@@ -67,8 +67,9 @@ def is_encoder(source: str | os.PathLike) -> bool:
 def _tower_of(source: str | os.PathLike) -> dict[str, Any]:
     """The configuration of this encoder as the vision tower of a LLaVA, which is saved with its image processor."""
     tower = _config_of(source).get("vision_config")
-    is_ours = isinstance(tower, dict) and tower.get("model_type") == DeepSeekOCRVisionConfig.model_type
-    return {"feature_mode": "residual"} | tower if is_ours else {}
+    if not isinstance(tower, dict) or tower.get("model_type") != DeepSeekOCRVisionConfig.model_type:
+        return {}
+    return {"feature_mode": "residual"} | tower
 
 
 def _config_of(source: str | os.PathLike) -> dict[str, Any]:

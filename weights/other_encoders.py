@@ -136,7 +136,7 @@ def _joined(
         weights[POSITIONS] = _resized(weights[POSITIONS], config.clip_config.grid_size)
     _require_all(own, weights)
     model.load_state_dict(weights, strict=False)
-    return model.to(dtype).eval()
+    return model.to(dtype).eval()  # type: ignore[arg-type]  # transformers wraps it as a plain function
 
 
 def _require_all(own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:

@@ -1,12 +1,12 @@
 """Weights in: a model from a released checkpoint, on the Hub or on this machine."""
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
-from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
 
 from .checkpoints import LocalCheckpoint, compare_checksums, open_local
 from .hub import open_remote
@@ -16,11 +16,13 @@ from .safetensors_files import DTYPES
 from .sizes import check_layers, config_of_checkpoint, expected_shapes
 
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 def load_deepseek_ocr(
-    model_class: type[DeepSeekOCRVisionModel],
+    model_class: type[Model],
     source: str | os.PathLike,
     *,
     feature_mode: FeatureMode,
@@ -28,7 +30,7 @@ def load_deepseek_ocr(
     dtype: str | torch.dtype | None,
     verify_checksums: bool = False,
     **kwargs: Any,
-) -> DeepSeekOCRVisionModel:
+) -> Model:
     """Load the encoder out of a whole checkpoint: what `DeepSeekOCRVisionModel.from_deepseek_ocr` does.
 
     Of a repository on the Hub only the vision tensors are fetched, 0.8 of 6.7 GB, and kept in the Hub's cache. An

@@ -11,9 +11,10 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -224,7 +225,7 @@ def require_float(file: str | os.PathLike, name: str, entry: TensorEntry) -> Non
         raise ValueError(f"{file}: {name} has dtype {entry.dtype}; weights have {', '.join(DTYPES)}.")
 
 
-def read_tensor(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
+def read_tensor(file: FileIO, entry: TensorEntry) -> torch.Tensor:
     """Read one tensor into new memory.
 
     Raises:
@@ -239,7 +240,7 @@ def read_tensor(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not a copy of them."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def in_pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

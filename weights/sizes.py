@@ -127,7 +127,7 @@ def read_config_of(source: str | os.PathLike, **hub_options: Any) -> dict[str, A
 MAX_MORE_LAYERS = 64
 
 
-def check_layers(config: DeepSeekOCRVisionConfig, keys: Iterable[str]) -> None:
+def check_layers(config: PreTrainedConfig, keys: Iterable[str]) -> None:
     """Refuse a number of layers that is far above what a checkpoint has, before a model of that size is built.
 
     Args:

@@ -13,7 +13,6 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some
-from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
 from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
 from deepseek_ocr_vision.saving.staging import atomic_write
@@ -60,7 +59,7 @@ class WriteReport:
 
 
 def write_deepseek_ocr(
-    model: DeepSeekOCRVisionModel, base: str | os.PathLike, target: str | os.PathLike, **hub_options: Any
+    model: PreTrainedModel, base: str | os.PathLike, target: str | os.PathLike, **hub_options: Any
 ) -> WriteReport:
     """Write a full checkpoint in the layout of another one: what `DeepSeekOCRVisionModel.write_deepseek_ocr` does.
 
