@@ -408,7 +408,7 @@ def _open_font(file: FontFile, size: float) -> ImageFont.FreeTypeFont:
         # Pillow would look for a font of that name in the system's folders, and find another one on each machine.
         raise FileNotFoundError(f"`font`: there is no file {os.fspath(file)!r}.")
     try:
-        return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
+        return ImageFont.truetype(os.fspath(file), size, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
         raise OSError(f"`font`: {os.fspath(file)!r} cannot be used at size {size}: {error}.") from error
 

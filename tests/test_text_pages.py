@@ -28,9 +28,12 @@ def matplotlib_font(name: str) -> Path:
 
 
 @pytest.fixture
-def wide_font(monkeypatch) -> Path:
+def wide_font() -> Path:
     """A font that seems to have every character, Chinese ones too: it draws a frame with the block's name."""
-    return matplotlib_font("LastResortHE-Regular.ttf")
+    font = matplotlib_font("LastResortHE-Regular.ttf")
+    if not font.is_file():
+        pytest.skip("this version of matplotlib has no font with every character")
+    return font
 
 
 def texts(text: str, **options) -> list[str]:
