@@ -10,7 +10,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -192,7 +192,7 @@ def require_pypdfium2() -> Any:
 def _count_pages(content: Content) -> int:
     pypdfium2 = require_pypdfium2()
     try:
-        with pypdfium2.PdfDocument(content) as document:
+        with closing(pypdfium2.PdfDocument(content)) as document:
             num_pages = len(document)
     except pypdfium2.PdfiumError as error:
         raise ValueError(f"the PDF cannot be opened; it is encrypted or broken: {error}") from error

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_a_folder_becomes_the_models_own_tokens_bit_for_bit(tiny_model, scans, t
     summary = encode(scans, tiny_model, tmp_path / "out")
     assert (summary.num_pages, summary.num_new, summary.problems) == (7, 7, [])
     assert sorted(places(tmp_path / "out", scans)) == SEVEN
-    with pypdfium2.PdfDocument(scans / "book.pdf") as book:
+    with closing(pypdfium2.PdfDocument(scans / "book.pdf")) as book:
         drawn = [page.render(scale=2).to_pil() for page in book]
     assert drawn[0].size == (140, 180)
     pictures = [picture(0), picture(1), *drawn, picture(2), picture(3)]
