@@ -10,6 +10,7 @@ fetched before a page is shown, and nothing at all if the encoder is on this mac
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,12 +19,13 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from transformers import TextIteratorStreamer
 
 from deepseek_ocr_vision import MODES, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, text_to_pages
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import open_image
 from deepseek_ocr_vision.visualize import PageView, draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import draw_frame
-from deepseek_ocr_vision.weights import load_encoder
+from deepseek_ocr_vision.weights import is_encoder, load_encoder
 
 
 try:
@@ -97,10 +99,38 @@ class Encoder:
         Args:
             mode: `AS_SAVED` or a key of `MODES`.
         """
-        if mode == AS_SAVED:
-            return self.image_processor
-        sizes = {"size": MODES[mode].size, "tile_size": MODES[mode].tile_size}
-        return type(self.image_processor).from_dict(self.image_processor.to_dict(), **sizes)
+        return in_mode(self.image_processor, mode)
+
+
+@dataclass
+class Reader:
+    """A whole DeepSeek-OCR, which gives the text of a page, loaded when it is first asked for.
+
+    Attributes:
+        source: Folder or Hub id.
+    """
+
+    source: str
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there can be one: not in a folder with an encoder alone. Of a Hub id loading tells."""
+        return not Path(self.source).is_dir() or not is_encoder(self.source)
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """The model and its processor."""
+        from deepseek_ocr_vision.composites.read_pages import load_reader
+
+        return load_reader(self.source)
+
+
+def in_mode(image_processor: DeepSeekOCRVisionImageProcessor, mode: str) -> DeepSeekOCRVisionImageProcessor:
+    """An image processor at the resolution of a mode, or as it is for `AS_SAVED`."""
+    if mode == AS_SAVED:
+        return image_processor
+    sizes = {"size": MODES[mode].size, "tile_size": MODES[mode].tile_size}
+    return type(image_processor).from_dict(image_processor.to_dict(), **sizes)
 
 
 # Uploads
@@ -167,16 +197,43 @@ def show(encoder: Encoder, image: str | None, mode: str) -> tuple:
     Raises:
         gr.Error: There is no image, or the encoder or the image cannot be read.
     """
-    if image is None:
-        raise gr.Error("There is no page yet: upload an image, paste one, or take an example.", print_exception=False)
     with in_words():
-        require_few_pixels(image)
+        image = _require_image(image)
         view = view_page(encoder.model, image, image_processor=encoder.processor_in(mode))
         table = count_tokens(encoder, view.page.size, mode)
         view = _drawable(view)
         token = view.richest_token()
         page, neighbours, gradient, caption = images_of(view, token)
         return view, token, page, view.pca().picture(), neighbours, gradient, caption, table
+
+
+def read(reader: Reader, image: str | None, mode: str, prompt: str) -> Iterator[str]:
+    """Read a page: its text so far, whenever there is more of it.
+
+    Args:
+        reader: What reads it.
+        image: Path of the uploaded file; `None` if there is none.
+        mode: `AS_SAVED`, which is gundam here, or a key of `MODES`.
+        prompt: What is asked for, a key of `PROMPTS`.
+
+    Raises:
+        gr.Error: There is no image, or the model or the image cannot be read.
+    """
+    with in_words():
+        image = _require_image(image)
+        from deepseek_ocr_vision.composites.read_pages import read_page
+
+        model, processor = reader.loaded
+        processor = type(processor)(in_mode(processor.image_processor, mode), processor.tokenizer)
+        streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            reading = thread.submit(read_page, model, processor, image, prompt=prompt, streamer=streamer)
+            reading.add_done_callback(lambda _: streamer.end())  # also where it failed
+            text = ""
+            for piece in streamer:
+                text += piece
+                yield text
+            yield reading.result()
 
 
 def choose(view: PageView | None, click: gr.SelectData) -> tuple:
@@ -252,6 +309,13 @@ def count_tokens(encoder: Encoder, size: tuple[int, int], shown: str) -> str:
         bold = "**" if mode == shown else ""
         lines.append("| " + " | ".join(f"{bold}{cell}{bold}" for cell in (mode, pixels, tokens)) + " |")
     return f"Your image, {width} x {height} pixels, becomes\n\n" + "\n".join(lines)
+
+
+def _require_image(image: str | None) -> str:
+    if image is None:
+        raise ValueError("There is no page yet: upload an image, paste one, or take an example.")
+    require_few_pixels(image)
+    return image
 
 
 def _require_page(view: PageView | None) -> PageView:
@@ -332,12 +396,15 @@ def build_demo(encoder: Encoder) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 image, mode, examples, button, table = _lay_out_input()
-            with gr.Column(scale=3):
-                *images, caption = _lay_out_images()
-        again = gr.Button("Draw the sheet of this token", elem_id="draw-sheet")
-        sheet = gr.Image(
-            label="The sheet", format="png", interactive=False, buttons=["download", "fullscreen"], elem_id="sheet"
-        )
+            with gr.Column(scale=3), gr.Tabs():
+                with gr.Tab("What the encoder sees"):
+                    *images, caption = _lay_out_images()
+                    again = gr.Button("Draw the sheet of this token", elem_id="draw-sheet")
+                    settings: dict[str, Any] = {"format": "png", "buttons": ["download", "fullscreen"]}
+                    sheet = gr.Image(label="The sheet", interactive=False, elem_id="sheet", **settings)
+                reader = Reader(encoder.source)
+                with gr.Tab("What is written there", visible=reader.is_there):
+                    _lay_out_reading(reader, image, mode)
         page, colors, neighbours, gradient = images
         draw: dict[str, Any] = {"fn": sheet_of, "inputs": [view, token], "outputs": sheet, **QUEUE}
         shown = [view, token, page, colors, neighbours, gradient, caption, table]
@@ -362,6 +429,16 @@ def _lay_out_input() -> tuple[Any, ...]:
     examples = gr.Examples(draw_examples(), image, cache_examples=False, elem_id="examples")
     table = gr.Markdown(elem_id="counts")
     return image, mode, examples, button, table
+
+
+def _lay_out_reading(reader: Reader, image: Any, mode: Any) -> None:
+    """The text of the page: what to ask for, the button, and what was read."""
+    prompt = gr.Radio(
+        ["text", "markdown", "ocr", "figure", "describe"], value="text", label="Prompt", elem_id="prompt"
+    )
+    button = gr.Button("Read", variant="primary", elem_id="read")
+    text = gr.Textbox(label="Text", lines=20, buttons=["copy"], elem_id="text")
+    button.click(partial(read, reader), [image, mode, prompt], text, **QUEUE)
 
 
 def _lay_out_images() -> list[Any]:

@@ -94,6 +94,8 @@ class DeepSeekOCRProcessor(ProcessorMixin):
         hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
         hub_options |= {"force_download": force_download, "local_files_only": local_files_only}
         folder = local_source(source, hub_options, patterns=("*.json", "*.txt", "*.model"))
+        if not (folder / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{source} has no tokenizer.json; it is no whole DeepSeek-OCR.")
         # The class that takes tokenizer.json as it is. The one that the released configuration names is Llama's, which
         # newer transformers build anew, with Llama's way of splitting text.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")

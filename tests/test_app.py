@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import tiny_config
 from PIL import Image, ImageDraw
+from whole_model import needs_whole_model, tiny_whole_model, write_released
 
 from deepseek_ocr_vision import MODES, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 
@@ -158,6 +159,40 @@ def test_what_goes_wrong_is_told_in_words(encoder, tmp_path, image):
         app.show(app.Encoder(str(tmp_path / "no-such-folder")), image, app.AS_SAVED)
 
 
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A tiny whole model on disk, as a released one."""
+    torch.manual_seed(0)
+    return write_released(tmp_path_factory.mktemp("whole") / "model", tiny_whole_model())
+
+
+@needs_whole_model
+def test_a_page_is_read_and_its_text_shown_as_it_comes(released, image):
+    """Pins a page whose text appears only once all of it is there, or in another resolution than the chosen one."""
+    from deepseek_ocr_vision.composites.read_pages import load_reader, read_page
+
+    steps = list(app.read(app.Reader(str(released)), image, "tiny", "text"))
+    model, processor = load_reader(released, mode="tiny", device="cpu")
+    assert steps[-1] == read_page(model, processor, image, prompt="text")
+    assert len(steps) > 3
+    assert steps[-1].startswith(steps[1].strip())
+
+
+@needs_whole_model
+def test_what_cannot_be_read_is_told_in_words(checkpoint, released, tmp_path, image):
+    """Pins an encoder asked for text, and a browser that waits for ever for a thread that has failed."""
+    assert app.Reader(str(released)).is_there
+    assert not app.Reader(str(checkpoint)).is_there
+    (tmp_path / "page.png").write_bytes(b"no picture")
+    cases = [(released, None, "There is no page yet"), (released, tmp_path / "page.png", "cannot identify")]
+    cases += [(checkpoint, image, "no whole DeepSeek-OCR"), (tmp_path / "no-such-folder", image, "no-such-folder")]
+    for source, path, words in cases:
+        with pytest.raises(gr.Error, match=words):
+            list(app.read(app.Reader(str(source)), path and str(path), "tiny", "text"))
+    with pytest.raises(gr.Error, match="<image> once"):
+        list(app.read(app.Reader(str(released)), image, "tiny", "no such prompt"))
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_command(tmp_path, capsys):
     """Pins a demo that starts, and tells its first visitor about a mistyped folder."""
     assert app.main(["--model", str(tmp_path / "missing")]) == 1
@@ -277,7 +312,12 @@ def browser():
 
 @pytest.fixture
 def opened(encoder, browser):
-    """The demo, opened in the browser, at any port that is free, and the addresses that it asks for."""
+    """The demo, opened in the browser, and the addresses that it asks for."""
+    yield from open_demo(encoder, browser)
+
+
+def open_demo(encoder, browser):
+    """The demo of an encoder in the browser, at any port that is free."""
     demo = app.build_demo(encoder)
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
     page = browser.new_page(viewport={"width": 1360, "height": 1000})
@@ -346,3 +386,19 @@ def test_an_example_is_shown_in_another_mode(opened):
     wait_for_caption(page, "of 8 x 8")
     assert "64" in page.locator("#counts strong").all_inner_texts()
     page.locator("#sheet img").wait_for()
+
+
+@needs_whole_model
+def test_the_page_is_read_on_the_second_tab(released, browser, image):
+    """Pins the second tab, which takes the page and the resolution of the first."""
+    opening = open_demo(app.Encoder(str(released)), browser)
+    page, _, _ = next(opening)
+    page.get_by_label("tiny").check()
+    page.get_by_role("tab", name="What is written there").click()
+    page.click("#read")
+    page.get_by_text("There is no page yet").wait_for()
+    page.set_input_files("#image input[type=file]", image)
+    page.locator("#image img").wait_for()
+    page.click("#read")
+    page.wait_for_function("() => document.querySelector('#text textarea').value.length > 0", timeout=PATIENCE)
+    next(opening, None)
