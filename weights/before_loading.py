@@ -187,7 +187,7 @@ def _check_tensors(
 
 
 def _check_quantised(
-    model_class: type[DeepSeekOCRVisionModel], config: DeepSeekOCRVisionConfig, checkpoint: LocalCheckpoint
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, checkpoint: LocalCheckpoint
 ) -> None:
     """Compare what is not quantised: names, dtypes and shapes of the rest are known to the quantiser alone."""
     found = _without_prefix(checkpoint.tensors)
