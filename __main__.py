@@ -19,7 +19,7 @@ from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisi
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
 from deepseek_ocr_vision.encoding import encode_pages
-from deepseek_ocr_vision.encoding.sources import find_pages, page_of
+from deepseek_ocr_vision.encoding.sources import close_documents, find_pages, page_of
 from deepseek_ocr_vision.encoding.threads import fit_threads
 from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
@@ -155,6 +155,7 @@ def read(options: argparse.Namespace) -> int:
             num_read += 1
         except (OSError, ValueError) as error:
             failed.append(f"{name}: {error}")
+    close_documents()
     sys.stderr.writelines(f"Not read: {line}\n" for line in failed)
     if not failed:
         return 0

@@ -134,6 +134,8 @@ def page_of(path: str | os.PathLike, number: int, *, dpi: float) -> Image.Image:
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{os.fspath(path)}: {error}") from error
+    finally:
+        close_documents()
 
 
 def _read_heic() -> None:

@@ -33,6 +33,11 @@ def form_pdf() -> bytes:
         b"/DA (/F 40 Tf 0 g) >>",
         b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
+    return pdf_of(objects)
+
+
+def pdf_of(objects: list[bytes]) -> bytes:
+    """A PDF of objects, numbered from 1; the first is the catalogue."""
     parts, offsets = [b"%PDF-1.7\n"], []
     for number, each in enumerate(objects, start=1):
         offsets.append(sum(map(len, parts)))
@@ -49,6 +54,23 @@ def test_what_is_filled_into_a_form_is_on_the_page():
     file = File.find(form_pdf(), name="form.pdf", dpi=144)
     rendered = file.read(file.pages()[0]).convert("L")
     assert sum(count for level, count in enumerate(rendered.histogram()) if level < 128) > 1000
+
+
+def test_a_stamp_is_on_the_page():
+    """Pins annotations, which are no part of what a page draws itself."""
+    drawing = b"0 0 100 50 re f"
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 100] /Annots [4 0 R] >>",
+        b"<< /Type /Annot /Subtype /Stamp /Rect [0 0 100 50] /F 4 /P 3 0 R /AP << /N 5 0 R >> >>",
+        b"<< /Type /XObject /Subtype /Form /BBox [0 0 100 50] /Length %d >>\nstream\n%s\nendstream"
+        % (len(drawing), drawing),
+    ]
+    file = File.find(pdf_of(objects), name="stamp.pdf", dpi=72)
+    page = np.asarray(file.read(file.pages()[0]).convert("L"))
+    assert page[50:, :100].max() < 64
+    assert page[:50].min() > 192
 
 
 def test_each_frame_of_a_tiff_is_a_page_as_it_is_alone(tiny_model, tmp_path):

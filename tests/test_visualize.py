@@ -16,6 +16,7 @@ from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisi
 from deepseek_ocr_vision.__main__ import main
 from deepseek_ocr_vision.visualize import draw_sheet, pca_colors, pixel_gradient, view_page
 from deepseek_ocr_vision.visualize.maps import on_grid
+from deepseek_ocr_vision.visualize.pages import save_image
 
 
 matplotlib = pytest.importorskip("matplotlib", reason="the extra `train` is not installed")
@@ -433,6 +434,20 @@ def test_show_says_what_is_wrong_before_it_writes(tmp_path, checkpoint, capsys, 
         assert end.value.code == 2
         assert expected in capsys.readouterr().err
     assert {path.name for path in Path().iterdir()} == {"page.png", "other", "model"}
+
+
+def test_a_disk_that_is_full_is_an_error_that_names_the_sheet(tmp_path):
+    """Pins "No space left on device" without a word about where, and half an image under the sheet's name."""
+    resource = pytest.importorskip("resource", reason="this system has no limits of that kind")
+    (tmp_path / "sheet.png").write_text("an older one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"sheet\.png could not be written: .*File too large"):
+            save_image(Image.effect_noise((64, 64), 100), tmp_path / "sheet.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("sheet.png", "an older one")]
 
 
 def test_numbers_that_are_all_equal_are_drawn_as_the_lowest(view):

@@ -350,8 +350,11 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
         partial = Path(folder) / path.name
-        image.save(partial)
-        os.replace(partial, path)
+        try:
+            image.save(partial)
+            os.replace(partial, path)
+        except OSError as error:  # of a disk that is full it names no file
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _highest(values: torch.Tensor) -> float:
