@@ -126,8 +126,10 @@ def resize_positions(
 
 def floating_dtype(module: nn.Module, *, default: torch.dtype) -> torch.dtype:
     """The dtype of a module's weights; quantised layers may hold none of a floating-point dtype."""
-    dtypes = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
-    return next(dtypes, default)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return default
 
 
 def feed_forward(

@@ -12,6 +12,7 @@ from encoding_helpers import IMAGE_PROCESSOR, assert_same, encode
 from helpers import EVERY_FEATURE_MODE, pixels, relative_error, tiny_config
 from PIL import Image
 from torch import nn
+from training_job import needs_fsdp_on_cpu
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.visualize import view_page
@@ -82,6 +83,7 @@ def one_process():
     dist.destroy_process_group()
 
 
+@needs_fsdp_on_cpu
 @pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
 def test_fsdp_of_every_module_by_itself_gives_the_same_tokens_and_gradients(feature_mode, one_process):
     """Pins a table that is read while it is sharded: "got mixed torch.Tensor and DTensor"."""
