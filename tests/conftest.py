@@ -18,6 +18,7 @@ import torch
 from helpers import GOLDEN, golden_shapes, golden_weight, tiny_config
 from safetensors.torch import load_file
 from transformers.utils import logging
+from whole_model import HAS_WHOLE_MODEL, NO_WHOLE_MODEL
 
 from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
 
@@ -28,6 +29,15 @@ logging.disable_progress_bar()
 if not CHOSEN_THREADS:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+# What these files import is not there either.
+WHOLE_MODEL = ["test_whole_model_*.py", "test_official.py", "test_finetune_deepseek_ocr.py"]
+collect_ignore_glob = [] if HAS_WHOLE_MODEL else WHOLE_MODEL
+
+
+def pytest_report_header() -> str | None:
+    """What is not tested with this transformers."""
+    return None if HAS_WHOLE_MODEL else f"without {', '.join(WHOLE_MODEL)}: {NO_WHOLE_MODEL}"
 
 
 @pytest.fixture(autouse=True)

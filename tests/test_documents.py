@@ -18,7 +18,7 @@ from helpers import ROOT, released_tensors, tiny_config, write_checkpoint
 from PIL import Image, ImageDraw
 from test_from_encoder import make_encoder
 from transformers import LlamaConfig, LlamaForCausalLM
-from whole_model import HAS_WHOLE_MODEL, tiny_whole_model, write_released
+from whole_model import HAS_WHOLE_MODEL, NO_WHOLE_MODEL, tiny_whole_model, write_released
 
 import deepseek_ocr_vision
 from deepseek_ocr_vision import DeepSeekOCRVisionModel, composites, encoding, visualize
@@ -134,7 +134,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, namespace, capsys):
 def skip_without_whole_model(page: Path, word: str) -> None:
     """Skip a page with this word in one of its blocks where transformers lacks the classes of the whole model."""
     if not HAS_WHOLE_MODEL and any(word in block.code for block in blocks(page)):
-        pytest.skip("transformers has no Unlimited-OCR; 5.21 is the first")
+        pytest.skip(NO_WHOLE_MODEL)
 
 
 def comparable(output: str) -> list[str]:

@@ -9,10 +9,9 @@ import torch
 from helpers import ROOT
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from whole_model import needs_whole_model, tiny_whole_model, write_released
+from whole_model import tiny_whole_model, write_released
 
 
-pytestmark = needs_whole_model
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT / "examples"))

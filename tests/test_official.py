@@ -10,14 +10,13 @@ import torch
 from helpers import TOLERANCE, assert_same_weights, relative_error
 from huggingface_hub import constants, snapshot_download
 from transformers import Trainer, TrainingArguments, UnlimitedOcrForConditionalGeneration
-from whole_model import VOCAB_SIZE, needs_whole_model, tiny_whole_model, unlimited_config, write_released
+from whole_model import VOCAB_SIZE, tiny_whole_model, unlimited_config, write_released
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel, ImageTextCollator, text_to_pages
 from deepseek_ocr_vision.composites import PROMPTS, DeepSeekOCRForConditionalGeneration
 from deepseek_ocr_vision.composites.read_pages import load_reader, read_page
 
 
-pytestmark = needs_whole_model
 OFFICIAL = "deepseek-ai/DeepSeek-OCR"
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs, and read it back."
 

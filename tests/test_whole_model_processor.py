@@ -4,13 +4,12 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor
-from whole_model import IMAGE_TOKEN_ID, needs_whole_model, tiny_processor, tiny_tokenizer, tiny_whole_model
+from whole_model import IMAGE_TOKEN_ID, tiny_processor, tiny_tokenizer, tiny_whole_model
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, ImageTextCollator
 from deepseek_ocr_vision.composites import PROMPTS, DeepSeekOCRProcessor
 
 
-pytestmark = needs_whole_model
 BOS, EOS, PAD, GROUNDING = 0, 1, 2, 4
 TEXT_ONLY = "What is a page?"
 

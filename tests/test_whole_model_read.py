@@ -3,14 +3,11 @@
 import pytest
 import torch
 from PIL import Image
-from whole_model import needs_whole_model, tiny_whole_model, write_released
+from whole_model import tiny_whole_model, write_released
 
 from deepseek_ocr_vision.__main__ import FAILED, SOME_FAILED, main
 from deepseek_ocr_vision.composites import PROMPTS
 from deepseek_ocr_vision.composites.read_pages import load_reader, prompt_of, read_page
-
-
-pytestmark = needs_whole_model
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from transformers import (
 )
 from whole_model import (
     IMAGE_TOKEN_ID,
-    needs_whole_model,
     released_whole_tensors,
     tiny_whole_config,
     tiny_whole_model,
@@ -29,7 +28,6 @@ from deepseek_ocr_vision.composites import (
 )
 
 
-pytestmark = needs_whole_model
 PATCH_EMBEDDING = "model.vision_model.embeddings.patch_embedding.weight"
 
 

@@ -22,9 +22,8 @@ IMAGE_TOKEN_ID = 3
 VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 HAS_WHOLE_MODEL = hasattr(transformers, "UnlimitedOcrForConditionalGeneration")
-needs_whole_model = pytest.mark.skipif(
-    not HAS_WHOLE_MODEL, reason=f"transformers {transformers.__version__} has no Unlimited-OCR; 5.21 is the first"
-)
+NO_WHOLE_MODEL = f"transformers {transformers.__version__} has no Unlimited-OCR; 5.21 is the first"
+needs_whole_model = pytest.mark.skipif(not HAS_WHOLE_MODEL, reason=NO_WHOLE_MODEL)
 
 if HAS_WHOLE_MODEL:
     from deepseek_ocr_vision.composites import (
