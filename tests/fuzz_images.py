@@ -171,6 +171,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where files that are faults stay; a new one by default")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
     outcomes, faults = (fuzz_pdfs if options.pdf else fuzz)(options.number, options.seed, folder)
     sys.stdout.write("\n".join([*faults, ", ".join(f"{count} {name}" for name, count in outcomes.items()), ""]))
     return 1 if faults else 0

@@ -22,6 +22,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'deepseek-ocr-vision[demo]'")
 
 import httpx  # noqa: E402
+from gradio.data_classes import ImageData  # noqa: E402
 from gradio.utils import get_upload_folder  # noqa: E402
 
 from deepseek_ocr_vision import app  # noqa: E402
@@ -245,6 +246,16 @@ def test_a_request_that_names_a_file_of_the_server_is_refused(served, image, ext
     answer = ask(served, {"path": image} | extra)
     assert answer["success"] is False
     assert "data" not in answer["output"]
+
+
+def test_every_event_that_takes_an_image_refuses_what_was_not_uploaded(encoder, image):
+    """Pins a second tab, whose button would ask Gradio's own check, which any path passes."""
+    demo = app.build_demo(encoder)
+    taken = {id(each): each for event in demo.fns.values() for each in event.inputs if isinstance(each, gr.Image)}
+    assert taken
+    for component in taken.values():
+        with pytest.raises(gr.Error, match="has to be an uploaded file"):
+            component.preprocess(ImageData(path=image))
 
 
 @pytest.fixture

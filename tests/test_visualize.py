@@ -14,6 +14,7 @@ from torch import nn
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 from deepseek_ocr_vision.__main__ import main
+from deepseek_ocr_vision.saving.staging import PREFIX
 from deepseek_ocr_vision.visualize import draw_sheet, pca_colors, pixel_gradient, view_page
 from deepseek_ocr_vision.visualize.maps import on_grid
 from deepseek_ocr_vision.visualize.pages import save_image
@@ -440,6 +441,7 @@ def test_a_disk_that_is_full_is_an_error_that_names_the_sheet(tmp_path):
     """Pins "No space left on device" without a word about where, and half an image under the sheet's name."""
     resource = pytest.importorskip("resource", reason="this system has no limits of that kind")
     (tmp_path / "sheet.png").write_text("an older one")
+    (tmp_path / f"{PREFIX}killed").mkdir()  # by a process that was killed while it wrote
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:

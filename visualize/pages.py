@@ -1,7 +1,6 @@
 """One page as an encoder sees it: a single forward pass, and the images that are made of it."""
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from PIL import Image, ImageDraw
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import input_device
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import read_image
+from deepseek_ocr_vision.saving.staging import staging_folder
 from deepseek_ocr_vision.visualize.maps import (
     Target,
     TokenPlace,
@@ -348,8 +348,8 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> None:
     require_image_suffix(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
-        partial = Path(folder) / path.name
+    with staging_folder(path.parent) as folder:
+        partial = folder / path.name
         try:
             image.save(partial)
             os.replace(partial, path)
