@@ -288,3 +288,19 @@ def inputs_of(model) -> dict:
     image = torch.full((2, 7), model.config.image_token_id)
     pixel_values = torch.randn(2, 3, 128, 128, generator=draw)
     return {"input_ids": torch.cat([image, text], dim=1), "pixel_values": pixel_values}
+
+
+def test_loading_takes_the_memory_of_the_weights(tmp_path):
+    """Pins a loader that holds a file, or all of them, beside the model."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 64, "num_hidden_layers": 4}
+    write_released(tmp_path / "released", tiny_whole_model(text_config=sizes), num_shards=2)
+    num_bytes = sum(path.stat().st_size for path in (tmp_path / "released").glob("*.safetensors"))
+    assert num_bytes > 600_000_000
+    output = run_python(f"""
+        import resource
+        from deepseek_ocr_vision.composites import DeepSeekOCRForConditionalGeneration
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        model = DeepSeekOCRForConditionalGeneration.from_deepseek_ocr({str(tmp_path / "released")!r})
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    """)
+    assert int(output.split()[-1]) < num_bytes + 100_000_000
