@@ -169,7 +169,10 @@ class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditiona
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels")
         if not self.training or labels is None or not self.config.aux_loss_alpha:
-            return super().forward(*args, **kwargs, return_dict=True)
+            outputs = super().forward(*args, **kwargs, return_dict=True)
+            if not hasattr(outputs, "aux_loss"):
+                outputs.aux_loss = None  # transformers 5.21 has no such field
+            return outputs
         kwargs["output_router_logits"] = True
         outputs = super().forward(*args, **kwargs, return_dict=True)
         if outputs.router_logits:
