@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PDF_SUFFIX = ".pdf"
 POINTS_PER_INCH = 72
+_NEW_SUBFILE_TYPE = 254  # a tag of TIFF
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
 _BYTES_HASHED_A_SECOND = 10_000_000  # at the least, from a slow disk
 _HEIC_SUFFIXES = {".heic", ".heif"}
@@ -59,15 +60,16 @@ class File:
         name: What its pages are stored under.
         digest: SHA-256 of what is in it.
         dpi: Pixels an inch that the pages of a PDF are rendered with.
-        num_pages: How many a document has; `None` of an image.
-        num_frames: How many an image has, of which the first is encoded.
+        numbers: Those of a document's pages, from 0; `None` of an image.
+        num_frames: How many frames it has, where some are left out: of an image all but the first, of a TIFF smaller
+            copies of its pages.
     """
 
     content: Content
     name: str
     digest: str
     dpi: float
-    num_pages: int | None = None
+    numbers: Sequence[int] | None = None
     num_frames: int = 1
 
     @classmethod
@@ -80,20 +82,22 @@ class File:
         """
         digest, is_pdf = _digest_and_kind(content)
         if is_pdf:
-            return cls(content, name, digest, dpi, num_pages=_count_pages(content))
+            return cls(content, name, digest, dpi, numbers=range(_count_pages(content)))
         with _opened(content) as file, open_image(file, "the file") as image:
             num_frames = getattr(image, "n_frames", 1)
             if image.format == "TIFF" and num_frames > 1:
-                return cls(content, name, digest, dpi, num_pages=num_frames)
+                numbers = tuple(number for number in range(num_frames) if not _is_copy(image, number))
+                left_out = {} if len(numbers) == num_frames else {"num_frames": num_frames}
+                return cls(content, name, digest, dpi, numbers=numbers, **left_out)
         return cls(content, name, digest, dpi, num_frames=num_frames)
 
     def pages(self) -> list[Page]:
-        if self.num_pages is None:
+        if self.numbers is None:
             return [Page(self.digest, self.name, 0)]
-        return [Page(f"{self.digest}:{number}", self.name, number) for number in range(self.num_pages)]
+        return [Page(f"{self.digest}:{number}", self.name, number) for number in self.numbers]
 
     def read(self, page: Page) -> Image.Image:
-        if self.num_pages is None:
+        if self.numbers is None:
             return image_of(self.content, self.digest)
         document = _opened_document(self.content, self.digest)
         try:
@@ -110,6 +114,15 @@ class File:
         document.seek(number)
         document.tell = lambda: 0  # the image processor reads the first frame of a file; this is its only one
         return document
+
+
+def _is_copy(image: Image.Image, number: int) -> bool:
+    """Whether a frame of a TIFF is a smaller copy of another, such as a thumbnail. A broken one counts as a page."""
+    try:
+        image.seek(number)
+        return number > 0 and bool(image.tag_v2.get(_NEW_SUBFILE_TYPE, 0) & 1)  # type: ignore[attr-defined]
+    except Exception:
+        return False  # reading it says what is wrong
 
 
 def page_of(path: str | os.PathLike, number: int, *, dpi: float) -> Image.Image:
@@ -412,7 +425,8 @@ def _sort_in(path: str, file: File | Failure, found: Found, *, is_named: bool) -
     found.sources[file.name] = file
     found.pages += file.pages()
     if file.num_frames > 1:
-        found.left_out["frames after the first"].append(file.name)
+        kind = "frames after the first" if file.numbers is None else "smaller copies in a TIFF"
+        found.left_out[kind].append(file.name)
 
 
 @lru_cache

@@ -12,7 +12,7 @@ import torch
 from encoding_helpers import IMAGE_PROCESSOR, encode, errors, image, png, stored, write_pdf
 from image_files import exif, tiff
 from image_files import png as png_file
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from deepseek_ocr_vision.encoding.encoder import Page
 from deepseek_ocr_vision.encoding.processes import Failure, map_in_processes
@@ -85,6 +85,17 @@ def test_each_frame_of_a_tiff_is_a_page_as_it_is_alone(tiny_model, tmp_path):
     upright = [frame.transpose(Image.Transpose.ROTATE_270) for frame in frames]
     expected = tiny_model.encode(upright, image_processor=IMAGE_PROCESSOR)
     assert all(torch.equal(tokens["fax.tif", page], each) for page, each in enumerate(expected))
+
+
+def test_a_thumbnail_in_a_tiff_is_no_page(tiny_model, tmp_path):
+    """Pins previews that scanners put between pages, and the smaller copies that viewers of maps read."""
+    with TiffImagePlugin.AppendingTiffWriter(tmp_path / "scan.tif", new=True) as file:
+        for seed, kind in ((1, 2), (2, 1), (3, 2)):
+            image(seed).save(file, "TIFF", tiffinfo={254: kind})
+            file.newFrame()
+    summary = encode([tmp_path / "scan.tif"], tiny_model, tmp_path / "out")
+    assert stored(tmp_path / "out").keys() == {("scan.tif", 0), ("scan.tif", 2)}
+    assert summary.left_out == {"smaller copies in a TIFF": [str(tmp_path / "scan.tif")]}
 
 
 def test_a_page_of_a_file_is_the_one_that_encode_reads(tmp_path):
