@@ -34,7 +34,7 @@ finetune: $(VENV)/.train
 
 # Two processes of one thread each; a file's tests stay together, as they share what is large.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-demo: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest tests/test_app.py $(ARGS)

@@ -35,6 +35,29 @@ WHOLE_MODEL = ["test_whole_model_*.py", "test_official.py", "test_finetune_deeps
 collect_ignore_glob = [] if HAS_WHOLE_MODEL else WHOLE_MODEL
 
 
+# First, so that no process is left alone with one of them at the end: each takes a minute or more.
+SLOWEST = (
+    "test_whole_model_golden.py",
+    "test_golden.py",
+    "test_kill_and_resume.py",
+    "test_finetune.py",
+    "test_hub_upload.py",
+    "test_kill_encoding.py",
+    "test_weights_from_the_hub.py",
+    "test_distributed.py",
+    "test_oracles.py",
+    "test_weights_out.py",
+    "test_weights_in.py",
+    "test_hub_server.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of `SLOWEST` in front, for `--dist loadfile --no-loadscope-reorder`, which goes by this order."""
+    rank = {name: index for index, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 def pytest_report_header() -> str | None:
     """What is not tested with this transformers."""
     return None if HAS_WHOLE_MODEL else f"without {', '.join(WHOLE_MODEL)}: {NO_WHOLE_MODEL}"
