@@ -21,7 +21,7 @@ from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
 from deepseek_ocr_vision.encoding import encode_pages
 from deepseek_ocr_vision.encoding.sources import close_documents, find_pages, page_of
 from deepseek_ocr_vision.encoding.threads import fit_threads
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
+from deepseek_ocr_vision.saving.checksums import write_checksums
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import require_image_suffix, save_image
 from deepseek_ocr_vision.weights import atomic_write, check_checkpoint, compare_checksums, load_encoder

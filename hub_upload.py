@@ -34,14 +34,14 @@ from deepseek_ocr_vision.configuration import PRESETS, DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
-from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS, PACKAGE
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import (
+from deepseek_ocr_vision.saving.checksums import (
     read_checksums,
     sha256_of,
     verify_checksums,
     write_checksums,
 )
 from deepseek_ocr_vision.saving.code import FLAT_CODE
+from deepseek_ocr_vision.saving.saving_deepseek_ocr_vision import CHECKSUMS, PACKAGE
 from deepseek_ocr_vision.saving.staging import atomic_write, staging_folder
 from deepseek_ocr_vision.weights import check_repository_id, compare_checksums, is_encoder, load_encoder
 from deepseek_ocr_vision.weights.checkpoints import read_config

@@ -15,8 +15,8 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 
-from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import verify_checksums
+from deepseek_ocr_vision.saving.checksums import verify_checksums
+from deepseek_ocr_vision.saving.saving_deepseek_ocr_vision import CHECKSUMS
 from deepseek_ocr_vision.weights.checkpoints import open_local
 from deepseek_ocr_vision.weights.names import match_tensors
 from deepseek_ocr_vision.weights.reading import chosen_dtype, widest_dtype

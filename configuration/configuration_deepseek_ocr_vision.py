@@ -11,8 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..saving.checkpoint_code_deepseek_ocr_vision import IN_PACKAGE
-from ..saving.saving_deepseek_ocr_vision import AtomicSavingMixin
+from ..saving.saving_deepseek_ocr_vision import IN_PACKAGE, AtomicSavingMixin
 from .checks_deepseek_ocr_vision import require_choice, require_integer, require_number
 
 

@@ -7,17 +7,14 @@ import os
 from collections.abc import Iterable
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 from transformers import IMAGE_PROCESSOR_MAPPING, AutoImageProcessor
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..configuration.checks_deepseek_ocr_vision import list_some
-from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
+from ..configuration.configuration_deepseek_ocr_vision import FeatureMode
 from ..configuration.presets_deepseek_ocr_vision import preset_of, require_preset
-from ..saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS, IN_PACKAGE, NEEDS_PACKAGE
-from ..saving.checksums_deepseek_ocr_vision import verify_checksums as verify_folder
-from ..saving.saving_deepseek_ocr_vision import save_with_code
+from ..saving.saving_deepseek_ocr_vision import IN_PACKAGE, NEEDS_PACKAGE, AtomicSavingMixin
 from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel
 
 
@@ -33,7 +30,7 @@ class Origin(dict):
         return Origin, ({name: value for name, value in self.items() if name != "token"},)
 
 
-class CheckpointMixin(DeepSeekOCRVisionPreTrainedModel):
+class CheckpointMixin(AtomicSavingMixin, DeepSeekOCRVisionPreTrainedModel):
     """Checkpoints of the encoder, in and out."""
 
     _origin: Origin | None = None
@@ -101,7 +98,11 @@ class CheckpointMixin(DeepSeekOCRVisionPreTrainedModel):
         else:
             model._origin = _origin_of(source, kwargs)
         if verify_checksums:
-            _verify_files(source, kwargs)
+            try:
+                from deepseek_ocr_vision.saving.checksums import verify_loaded
+            except ImportError as error:
+                raise ImportError(NEEDS_PACKAGE) from error
+            verify_loaded(source, **_hub_options(kwargs))
         result: Any = (model, loading_info) if output_loading_info else model
         return result
 
@@ -112,9 +113,6 @@ class CheckpointMixin(DeepSeekOCRVisionPreTrainedModel):
         *,
         preset: str = "deepseek-ocr-encoder",
         feature_mode: FeatureMode | None = None,
-        config: DeepSeekOCRVisionConfig | None = None,
-        dtype: str | torch.dtype | None = None,
-        verify_checksums: bool = False,
         **kwargs,
     ) -> Self:
         """Load the encoder out of a whole DeepSeek-OCR, Unlimited-OCR or LLaVA checkpoint, and nothing else of it.
@@ -123,11 +121,8 @@ class CheckpointMixin(DeepSeekOCRVisionPreTrainedModel):
             source: A Hub id such as `"deepseek-ai/DeepSeek-OCR"`, a folder, or a safetensors file.
             preset: Which preprocessing the model will be used with; it decides the feature mode.
             feature_mode: Another mode than the preset's.
-            config: The encoder, where the checkpoint is of another size than the released ones and does not say so.
-            dtype: What to convert the weights to. By default they stay as they are stored, bfloat16 if released.
-            verify_checksums: Whether to compare a local checkpoint with its `SHA256SUMS` first.
-            kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, and what `from_pretrained`
-                takes, such as `attn_implementation` or `device_map`.
+            kwargs: As `weights.load_deepseek_ocr` takes them: `config`, `dtype`, `verify_checksums`, the Hub's
+                `revision` or `token`, and what `from_pretrained` takes, such as `attn_implementation`.
 
         Raises:
             TypeError: `source` is no path and no Hub id.
@@ -139,26 +134,11 @@ class CheckpointMixin(DeepSeekOCRVisionPreTrainedModel):
             from deepseek_ocr_vision.weights import load_deepseek_ocr
         except ImportError as error:
             raise ImportError(NEEDS_PACKAGE) from error
-        return load_deepseek_ocr(
-            cls, source, feature_mode=mode, config=config, dtype=dtype, verify_checksums=verify_checksums, **kwargs
-        )
+        return load_deepseek_ocr(cls, source, feature_mode=mode, **kwargs)
 
     @classmethod
     def from_encoder(cls, encoder: Any, *, copy: bool = False) -> Self:
-        """Make a trainable model of a live `deepseek_ocr_encoder.DeepSeekOCREncoder`: the same tokens, and gradients.
-
-        Args:
-            encoder: The encoder, of any version of that package.
-            copy: Whether the model gets weights of its own. By default it shares the encoder's, so that training it
-                trains both.
-
-        Returns:
-            The model in `"residual"` mode, on the encoder's device and in its dtype.
-
-        Raises:
-            TypeError: `encoder` is something else.
-            ValueError: Its tensors do not fit, are not finite, or can only be trained as a copy.
-        """
+        """Make a trainable model of a live `DeepSeekOCREncoder`: see `weights.load_live_encoder`."""
         try:
             from deepseek_ocr_vision.weights import load_live_encoder
         except ImportError as error:
@@ -166,53 +146,12 @@ class CheckpointMixin(DeepSeekOCRVisionPreTrainedModel):
         return load_live_encoder(cls, encoder, copy=copy)
 
     def write_deepseek_ocr(self, base: str | os.PathLike, target: str | os.PathLike, **hub_options: Any) -> Any:
-        """Write a full checkpoint in the layout of another one, with this model's weights in place of its encoder's.
-
-        Args:
-            base: A DeepSeek-OCR or Unlimited-OCR checkpoint: a folder, a safetensors file or a Hub id, which is
-                fetched whole.
-            target: The new folder, or file if the base is one; it must not exist yet, or be an empty folder.
-            hub_options: `revision`, `token` and `cache_dir` of a base on the Hub.
-
-        Returns:
-            A report of what was replaced, rounded, kept and left out. As text it is a short summary.
-
-        Raises:
-            ValueError: The base's encoder is not of this model's size, the base is not what its `SHA256SUMS` say, a
-                weight is not finite or does not fit into the base's dtype, or adapters are not merged.
-            FileExistsError: There is something at `target`.
-            OSError: The base cannot be read, the target not be written, or the disk is too small.
-        """
+        """Write a copy of a whole checkpoint with this encoder's weights in it: see `weights.write_deepseek_ocr`."""
         try:
             from deepseek_ocr_vision.weights import write_deepseek_ocr
         except ImportError as error:
             raise ImportError(NEEDS_PACKAGE) from error
         return write_deepseek_ocr(self, base, target, **hub_options)
-
-    def save_pretrained(  # type: ignore[override]  # the rest is in `kwargs`
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ):
-        """Save as transformers does, but atomically and with the code that loads it: see `AtomicSavingMixin`.
-
-        Args:
-            save_directory: The folder.
-            is_main_process: Whether this process is the one that writes; the others only take part.
-            state_dict: Weights to save in place of the model's own.
-            push_to_hub: Whether to upload the folder as well.
-            kwargs: As in transformers.
-
-        Raises:
-            NotADirectoryError: `save_directory` is a file.
-            OSError: The folder cannot be written to, or the disk is full.
-        """
-        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
-        save = super().save_pretrained
-        return save_with_code(self, save, save_directory, publish=is_main_process, push_to_hub=push_to_hub, **kwargs)
 
     def default_image_processor(self) -> Any:
         """What prepares images for this model unless told otherwise.
@@ -298,11 +237,3 @@ def _has_image_processor(origin: Origin) -> bool:
     """Whether a folder holds an image processor. Of a repository on the Hub loading tells."""
     folder = os.path.join(origin["pretrained_model_name_or_path"], origin.get("subfolder", ""))
     return not os.path.isdir(folder) or any(os.path.isfile(os.path.join(folder, file)) for file in _PROCESSOR_FILES)
-
-
-def _verify_files(source: str | os.PathLike | None, options: dict[str, Any]) -> None:
-    """Compare a checkpoint's files, in its folder or in the Hub's cache, with its checksums."""
-    if source is None:
-        raise ValueError("`verify_checksums` is true, but without a checkpoint there are no files to compare.")
-    checksums: Any = cached_file(source, CHECKSUMS, **_hub_options(options))
-    verify_folder(os.path.dirname(checksums), allow_missing=not os.path.isdir(source))

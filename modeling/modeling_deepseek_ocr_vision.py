@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     # Never runs. transformers reads these lines to learn which files a checkpoint's model travels with, and its older
     # versions do not look for them in the files imported above.
     from ..configuration.checks_deepseek_ocr_vision import require_choice  # noqa: F401
-    from ..saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS  # noqa: F401
-    from ..saving.checksums_deepseek_ocr_vision import verify_checksums  # noqa: F401
     from ..saving.saving_deepseek_ocr_vision import AtomicSavingMixin  # noqa: F401
     from .attention_deepseek_ocr_vision import attention_function  # noqa: F401
 

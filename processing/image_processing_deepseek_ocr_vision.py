@@ -8,7 +8,7 @@ ways to resize, Pillow and torchvision; torchvision need not be installed.
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from transformers.processing_utils import ImagesKwargs
 from ..configuration.checks_deepseek_ocr_vision import require_choice, require_flag, require_integer, require_number
 from ..configuration.configuration_deepseek_ocr_vision import FEATURE_MODES, FeatureMode
 from ..configuration.presets_deepseek_ocr_vision import MODES, PRESETS, ModeName, require_mode, require_preset
-from ..saving.checkpoint_code_deepseek_ocr_vision import NEEDS_PACKAGE
-from ..saving.saving_deepseek_ocr_vision import AtomicSavingMixin
+from ..saving.saving_deepseek_ocr_vision import NEEDS_PACKAGE, AtomicSavingMixin
 from .images_deepseek_ocr_vision import fetch_images_of, named_images, read_image
 from .tiles_deepseek_ocr_vision import MIN_TILES, cut, tile_grid
 
@@ -56,6 +55,7 @@ FILE_FIELDS = ("image_processor_type", "processor_class", "auto_map")
 WITHOUT_EFFECT = frozenset(ImagesKwargs.__annotations__) - set(FIELDS)
 TENSOR_TYPES = ("pt", "np")
 CHANNEL_ORDERS = ("channels_first", "channels_last")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 TOKEN_SIZE = 64
 """Side in pixels of the square that one token stands for."""
@@ -215,29 +215,14 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
             raise ValueError(f"`do_resize` is False, but {given} needs images to be resized; leave out one of them.")
 
     @classmethod
-    def from_deepseek_ocr(
-        cls,
-        source: str | os.PathLike,
-        *,
-        preset: str = "deepseek-ocr-encoder",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        **fields,
-    ) -> "DeepSeekOCRVisionImageProcessor":
+    def from_deepseek_ocr(cls, source: str | os.PathLike, *, preset: str = "deepseek-ocr-encoder", **options) -> Self:
         """Make the image processor that goes with `DeepSeekOCRVisionModel.from_deepseek_ocr` of the same arguments.
 
-        Of the checkpoint only its configuration is read, for the size of a page; what is done with it says the preset.
-
         Args:
-            source: A Hub id, a folder or a safetensors file.
+            source: A Hub id, a folder or a safetensors file. Only the configuration is read, for the size of a page.
             preset: Which model's preprocessing.
-            revision: Branch, tag or commit on the Hub.
-            token: The Hub's token; by default the one that is logged in.
-            cache_dir: The Hub's cache; by default huggingface_hub's own.
-            local_files_only: Whether to do without the Hub.
-            fields: Further arguments of the image processor, such as `mode` or `size`.
+            options: The Hub's `revision`, `token`, `cache_dir` and `local_files_only`, and fields of the image
+                processor, such as `mode` or `size`.
 
         Raises:
             OSError: There is no such checkpoint, or its configuration cannot be fetched.
@@ -245,13 +230,12 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
             ValueError: The configuration is corrupt, or a field has a value that is not allowed.
         """
         require_preset(preset)
-        hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
         try:
             from deepseek_ocr_vision.weights import image_size_of
         except ImportError as error:
             raise ImportError(NEEDS_PACKAGE) from error
-        size = image_size_of(source, local_files_only=local_files_only, **hub_options)
-        return cls(preset, **({} if fields.get("mode") is not None else {"size": size}) | fields)
+        size = image_size_of(source, **{name: options.pop(name) for name in HUB_OPTIONS if name in options})
+        return cls(preset, **({} if options.get("mode") is not None else {"size": size}) | options)
 
     @property
     def mode(self) -> str | None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ..configuration.checks_deepseek_ocr_vision import require_choice  # noqa: F401
     from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig  # noqa: F401
     from ..configuration.presets_deepseek_ocr_vision import PRESETS  # noqa: F401
-    from ..saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS  # noqa: F401
     from .images_deepseek_ocr_vision import read_image  # noqa: F401
     from .tiles_deepseek_ocr_vision import tile_grid  # noqa: F401
 
@@ -43,25 +42,14 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
 
     @classmethod
     def from_deepseek_ocr(cls, source: str | os.PathLike, **kwargs) -> "DeepSeekOCRVisionProcessor":
-        """Make the processor that goes with `DeepSeekOCRVisionModel.from_deepseek_ocr` of the same arguments.
-
-        Args:
-            source: A Hub id, a folder or a safetensors file.
-            kwargs: As `DeepSeekOCRVisionImageProcessor.from_deepseek_ocr` takes them: `preset`, the Hub's `revision`,
-                `token`, `cache_dir` and `local_files_only`, and fields of the image processor.
-
-        Raises:
-            OSError: There is no such checkpoint, or its configuration cannot be fetched.
-            TypeError: A field is not known.
-            ValueError: The configuration is corrupt, or a field has a value that is not allowed.
-        """
+        """Make it around what `DeepSeekOCRVisionImageProcessor.from_deepseek_ocr` of the same arguments gives."""
         return cls(DeepSeekOCRVisionImageProcessor.from_deepseek_ocr(source, **kwargs))
 
     def __call__(self, images: Any = None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
         """Prepare images.
 
         Args:
-            images: Pictures, as `DeepSeekOCRVisionImageProcessor` takes them.
+            images: Images, as `DeepSeekOCRVisionImageProcessor` takes them.
             **kwargs: What the image processor takes for one call, also inside `images_kwargs` or `common_kwargs`.
 
         Raises:
@@ -84,10 +72,6 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
         if twice:
             raise ValueError(f"{twice} are given twice: by themselves and inside `images_kwargs`.")
         return self.image_processor(images, **common | own | given)
-
-    def parts_to_save(self) -> list[Any]:
-        """Itself, and its image processor if it is this package's."""
-        return [part for part in (self, self.image_processor) if hasattr(part, "code_entries")]
 
 
 __all__ = ["DeepSeekOCRVisionProcessor"]

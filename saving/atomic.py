@@ -24,8 +24,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .checkpoint_code_deepseek_ocr_vision import CHECKSUMS
 from .code import stage_code
+from .saving_deepseek_ocr_vision import CHECKSUMS
 from .staging import PREFIX, locked, staging_folder
 
 
@@ -43,8 +43,6 @@ def save_atomically(
     save_directory: str | os.PathLike,
     *,
     with_code: bool,
-    publish: bool = True,
-    push_to_hub: bool = False,
     options: dict[str, Any],
 ) -> list[str] | None:
     """Save a model, a configuration or a processor so that an interruption at any point is harmless.
@@ -60,9 +58,8 @@ def save_atomically(
         save: transformers' own `save_pretrained` of it.
         save_directory: The folder.
         with_code: Whether to put the package's code beside it.
-        publish: Whether this process is the one that writes. Others take part in gathering the weights.
-        push_to_hub: Whether to upload the files as well, once they are in their place.
-        options: What `save` takes, and what `push_to_hub` of transformers takes.
+        options: What `save` takes. `is_main_process` says whether this process is the one that writes, while others
+            only take part in gathering the weights; `push_to_hub`, whether to upload the files once they are in place.
 
     Returns:
         What `save` returns: `None`, or the paths of files.
@@ -77,15 +74,16 @@ def save_atomically(
         if with_code:
             stage_code(target)
         (target / CHECKSUMS).unlink(missing_ok=True)
-        return save(str(target), push_to_hub=push_to_hub, **options)
+        return save(str(target), **options)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; a checkpoint is saved into a folder.")
     target.mkdir(parents=True, exist_ok=True)
+    push_to_hub, options = options.get("push_to_hub"), options | {"push_to_hub": False}
     with _staging_folder_in(target) as staged:
         with _naming_the_folder(target):
             code = {path.name for path in stage_code(staged)} if with_code else set()
             paths = save(str(staged), **options)
-        names = _names_in(staged) if publish else []
+        names = _names_in(staged) if options.get("is_main_process", True) else []
         # Under FSDP all processes but one have nothing but the code here, though each may think it is the main one.
         if set(names) - code:
             _publish(staged, target, variant=options.get("variant"))

@@ -9,14 +9,14 @@ import re
 import tempfile
 from pathlib import Path
 
-from .checkpoint_code_deepseek_ocr_vision import PACKAGE
+from .saving_deepseek_ocr_vision import PACKAGE
 
 
 FLAT_CODE = {
     "configuration": ("configuration", "presets", "checks"),
     "modeling": ("modeling", "sequence", "loading", "sam", "clip", "base", "attention"),
     "processing": ("processing", "image_processing", "images", "tiles"),
-    "saving": ("saving", "checkpoint_code", "checksums"),
+    "saving": ("saving",),
 }
 
 _CROSS_FOLDER_IMPORT = re.compile(r"^(\s*from )\.\.\w+(\.\w+ import )", flags=re.MULTILINE)

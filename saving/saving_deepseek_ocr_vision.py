@@ -1,21 +1,31 @@
-"""`save_pretrained` with the code that loads the folder, and atomic wherever the package is installed."""
+"""`save_pretrained` with the code by which `trust_remote_code=True` loads the folder, and atomic if it can be."""
 
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_code_deepseek_ocr_vision import CHECKSUMS, IN_PACKAGE, name_code
+
+PACKAGE = "deepseek_ocr_vision"
+CHECKSUMS = "SHA256SUMS"
+IN_PACKAGE = __name__.startswith(f"{PACKAGE}.")
+NEEDS_PACKAGE = (
+    "This needs the package deepseek-ocr-vision; what a checkpoint carries of it only loads, runs and trains."
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_deepseek_ocr_vision.DeepSeekOCRVisionConfig",
+    "AutoModel": "modeling_deepseek_ocr_vision.DeepSeekOCRVisionModel",
+    "AutoImageProcessor": "image_processing_deepseek_ocr_vision.DeepSeekOCRVisionImageProcessor",
+    "AutoProcessor": "processing_deepseek_ocr_vision.DeepSeekOCRVisionProcessor",
+}
 
 
 class AtomicSavingMixin:
     """For classes of transformers with a `save_pretrained`: the same, but atomic, and with the code that loads it."""
 
-    def parts_to_save(self) -> list[Any]:
-        """The objects in the checkpoint whose `code_entries` are the Auto classes that load them."""
-        return [self]
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any):
         """Save as transformers does, with the code that loads the folder where this package is not installed.
 
         An interruption at any point is harmless: the folder holds what was there before or what is saved now. Saved by
@@ -23,60 +33,45 @@ class AtomicSavingMixin:
 
         Args:
             save_directory: The folder.
-            push_to_hub: Whether to upload it as well.
-            kwargs: As in transformers.
+            args: As in transformers.
+            kwargs: As in transformers, such as `push_to_hub`, and `is_main_process` of a model, false in processes
+                that only take part in gathering the weights.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
             OSError: The folder cannot be written to, or the disk is full.
         """
         save = super().save_pretrained  # type: ignore[misc]  # of the class of transformers beside the mixin
-        return save_with_code(
-            self, save, save_directory, parts=self.parts_to_save(), push_to_hub=push_to_hub, **kwargs
-        )
+        options = inspect.signature(save).bind(save_directory, *args).arguments | kwargs
+        del options["save_directory"]
+        with _name_code(self, getattr(self, "image_processor", None)):
+            try:
+                from deepseek_ocr_vision.saving.atomic import save_atomically
+            except ImportError:
+                # They are the sums of the files that are about to be replaced.
+                Path(save_directory, CHECKSUMS).unlink(missing_ok=True)
+                return save(save_directory, **options)
+            # A class that came with a checkpoint brings its own code along, which transformers copies.
+            return save_atomically(self, save, save_directory, with_code=IN_PACKAGE, options=options)
 
 
-def save_with_code(
-    saved: Any,
-    save: Callable,
-    save_directory: str | os.PathLike,
-    *,
-    parts: Sequence[Any] = (),
-    publish: bool = True,
-    push_to_hub: bool = False,
-    **options: Any,
-) -> list[str] | None:
-    """Save by transformers' own `save_pretrained`, with the code's names in the JSON files.
+@contextmanager
+def _name_code(*candidates: Any) -> Iterator[None]:
+    """Give objects with `code_entries`, the Auto classes that load them, an `auto_map` while they are saved.
 
-    Args:
-        saved: What is saved.
-        save: Its `save_pretrained`, as transformers has it.
-        save_directory: The folder.
-        parts: Objects whose `code_entries` are the Auto classes that load them.
-        publish: Whether this process is the one that writes. The others only take part in gathering the weights.
-        push_to_hub: Whether to upload the files as well.
-        options: What `save` and `push_to_hub` of transformers take.
-
-    Returns:
-        What `save` returns: `None`, or the paths of files.
+    It belongs to the JSON files, not to the objects.
     """
-    with name_code(*parts):
-        try:
-            from deepseek_ocr_vision.saving.atomic import save_atomically
-        except ImportError:
-            # They are the sums of the files that are about to be replaced.
-            Path(save_directory, CHECKSUMS).unlink(missing_ok=True)
-            return save(save_directory, push_to_hub=push_to_hub, **options)
-        # A class that came with a checkpoint brings its own code along, which transformers copies.
-        return save_atomically(
-            saved,
-            save,
-            save_directory,
-            with_code=IN_PACKAGE,
-            publish=publish,
-            push_to_hub=push_to_hub,
-            options=options,
-        )
+    parts = [part for part in candidates if hasattr(part, "code_entries")]
+    before = [vars(part).get("auto_map") for part in parts]
+    for part in parts:
+        part.auto_map = {entry: AUTO_MAP[entry] for entry in part.code_entries}
+    try:
+        yield
+    finally:
+        for part, auto_map in zip(parts, before, strict=True):
+            del part.auto_map
+            if auto_map is not None:
+                part.auto_map = auto_map
 
 
-__all__ = ["AtomicSavingMixin", "save_with_code"]
+__all__ = ["AUTO_MAP", "CHECKSUMS", "IN_PACKAGE", "NEEDS_PACKAGE", "PACKAGE", "AtomicSavingMixin"]

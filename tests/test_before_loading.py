@@ -21,7 +21,7 @@ from deepseek_ocr_vision import (
 )
 from deepseek_ocr_vision.__main__ import main
 from deepseek_ocr_vision.hub_upload import stage
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
+from deepseek_ocr_vision.saving.checksums import write_checksums
 from deepseek_ocr_vision.weights import check_checkpoint
 
 

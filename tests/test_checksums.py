@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from transformers import AutoModel
 
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import (
+from deepseek_ocr_vision.saving.checksums import (
     read_checksums,
     verify_checksums,
     write_checksums,

@@ -50,13 +50,19 @@ def test_an_extracted_folder_loads_without_the_package(tmp_path, released):
         from safetensors.torch import load_file
         from transformers import AutoModel, AutoProcessor
         AutoProcessor.from_pretrained({str(tmp_path / "encoder")!r}, trust_remote_code=True)
-        model = AutoModel.from_pretrained(
-            {str(tmp_path / "encoder")!r}, trust_remote_code=True, verify_checksums=True
-        )
-        try:
-            model.write_deepseek_ocr("base", "target")
-        except ImportError as error:
-            assert "needs the package deepseek-ocr-vision" in str(error)
+        encoder = {str(tmp_path / "encoder")!r}
+        model = AutoModel.from_pretrained(encoder, trust_remote_code=True)
+
+        def compare():
+            AutoModel.from_pretrained(encoder, trust_remote_code=True, verify_checksums=True)
+
+        for needs_the_package in (compare, lambda: model.write_deepseek_ocr("base", "target")):
+            try:
+                needs_the_package()
+            except ImportError as error:
+                assert "needs the package deepseek-ocr-vision" in str(error)
+            else:
+                raise AssertionError("it went on without the package")
         print(model(load_file({str(tmp_path / "pixels")!r})["pixels"]).last_hidden_state.sum().item())
     """
     output = run_python(code, package_installed=False, HF_MODULES_CACHE=str(tmp_path / "modules"))

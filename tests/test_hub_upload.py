@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPVisio
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor
 from deepseek_ocr_vision import hub_upload as module
 from deepseek_ocr_vision.hub_upload import PUBLISHED, files_to_publish, main, push, stage, verify
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import verify_checksums, write_checksums
+from deepseek_ocr_vision.saving.checksums import verify_checksums, write_checksums
 from deepseek_ocr_vision.saving.code import FLAT_CODE
 
 
@@ -218,10 +218,11 @@ def damage_code(folder) -> None:
 
 def damage_saving(folder) -> None:
     """Code that changes a weight when the model is saved."""
-    path = folder / "loading_deepseek_ocr_vision.py"
-    start = 'kwargs |= {"is_main_process": is_main_process'
+    path = folder / "saving_deepseek_ocr_vision.py"
+    start = "save = super().save_pretrained"
+    damage = "[getattr(self, name).pos_embed.data.zero_() for name in ('sam_model',) if hasattr(self, name)]"
     assert start in path.read_text()
-    path.write_text(path.read_text().replace(start, f"self.sam_model.pos_embed.data.zero_()\n        {start}"))
+    path.write_text(path.read_text().replace(start, f"{damage}\n        {start}"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor
 from deepseek_ocr_vision.saving.atomic import PENDING
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
+from deepseek_ocr_vision.saving.checksums import write_checksums
 from deepseek_ocr_vision.saving.staging import PREFIX
 from deepseek_ocr_vision.weights import check_checkpoint
 

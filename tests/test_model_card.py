@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 from deepseek_ocr_vision.hub_upload import stage
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import read_checksums
+from deepseek_ocr_vision.saving.checksums import read_checksums
 
 
 def staged_card(tmp_path, *, feature_mode="residual", dtype=torch.float32, image_processor=None, **options) -> str:

@@ -19,7 +19,7 @@ from helpers import (
 from safetensors.torch import load_file
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import verify_checksums, write_checksums
+from deepseek_ocr_vision.saving.checksums import verify_checksums, write_checksums
 from deepseek_ocr_vision.weights import writing
 from deepseek_ocr_vision.weights.names import our_name
 

@@ -117,7 +117,7 @@ def test_an_image_token_outside_of_the_vocabulary_is_refused(released):
 
 def test_a_changed_byte_is_found_by_the_checksums(released):
     """Pins that checksums are compared where there are some."""
-    from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
+    from deepseek_ocr_vision.saving.checksums import write_checksums
 
     write_checksums(released)
     DeepSeekOCRForConditionalGeneration.from_deepseek_ocr(released)

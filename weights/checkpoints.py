@@ -15,8 +15,8 @@ import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from deepseek_ocr_vision.saving.atomic import PENDING
-from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import read_checksums, sha256_of, verify_checksums
+from deepseek_ocr_vision.saving.checksums import read_checksums, sha256_of, verify_checksums
+from deepseek_ocr_vision.saving.saving_deepseek_ocr_vision import CHECKSUMS
 
 from .safetensors_files import TensorEntry, is_finite, read_local_header, read_tensor, require_float
 

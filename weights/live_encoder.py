@@ -17,7 +17,23 @@ CARRIED = ("sam", "clip_pre", "clip_tr", "clip_pos_table")
 
 
 def load_live_encoder(model_class: type[Model], encoder: Any, *, copy: bool) -> Model:
-    """What `DeepSeekOCRVisionModel.from_encoder` says."""
+    """Make a trainable model of a live `deepseek_ocr_encoder.DeepSeekOCREncoder`: the same tokens, and gradients.
+
+    It is what `DeepSeekOCRVisionModel.from_encoder(encoder, copy=False)` does.
+
+    Args:
+        model_class: The class of the model.
+        encoder: The encoder, of any version of that package.
+        copy: Whether the model gets weights of its own. By default it shares the encoder's, so that training it
+            trains both.
+
+    Returns:
+        The model in `"residual"` mode, on the encoder's device and in its dtype.
+
+    Raises:
+        TypeError: `encoder` is something else.
+        ValueError: Its tensors do not fit, are not finite, or can only be trained as a copy.
+    """
     tensors = tensors_of(encoder)
     _require_usable(tensors, copy=copy)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

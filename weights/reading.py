@@ -26,8 +26,8 @@ def load_deepseek_ocr(
     source: str | os.PathLike,
     *,
     feature_mode: FeatureMode,
-    config: DeepSeekOCRVisionConfig | None,
-    dtype: str | torch.dtype | None,
+    config: DeepSeekOCRVisionConfig | None = None,
+    dtype: str | torch.dtype | None = None,
     verify_checksums: bool = False,
     **kwargs: Any,
 ) -> Model:

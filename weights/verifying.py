@@ -8,7 +8,7 @@ import torch
 
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
 from deepseek_ocr_vision.modeling.modeling_deepseek_ocr_vision import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
+from deepseek_ocr_vision.saving.saving_deepseek_ocr_vision import CHECKSUMS
 
 from .checkpoints import CONFIG, compare_checksums, open_local, read_config
 from .names import our_name

@@ -13,8 +13,8 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some
-from deepseek_ocr_vision.saving.checkpoint_code_deepseek_ocr_vision import CHECKSUMS
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import write_checksums
+from deepseek_ocr_vision.saving.checksums import write_checksums
+from deepseek_ocr_vision.saving.saving_deepseek_ocr_vision import CHECKSUMS
 from deepseek_ocr_vision.saving.staging import atomic_write
 
 from .checkpoints import LocalCheckpoint, compare_checksums, open_local

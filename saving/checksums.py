@@ -8,8 +8,11 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from .checkpoint_code_deepseek_ocr_vision import CHECKSUMS
+from transformers.utils import cached_file
+
+from .saving_deepseek_ocr_vision import CHECKSUMS
 
 
 # What people edit on the Hub's own pages.
@@ -87,4 +90,21 @@ def verify_checksums(folder: str | os.PathLike, *, allow_missing: bool = False) 
     return present
 
 
-__all__ = ["read_checksums", "sha256_of", "verify_checksums", "write_checksums"]
+def verify_loaded(source: str | os.PathLike | None, **hub_options: Any) -> list[str]:
+    """Compare the files that `from_pretrained` has read, in a folder or in the Hub's cache, with their sums.
+
+    Args:
+        source: The folder or the Hub id.
+        hub_options: `cache_dir`, `revision` and so on, as transformers takes them.
+
+    Raises:
+        OSError: There are no sums.
+        ValueError: There is no source, or a file is not the one that was summed.
+    """
+    if source is None:
+        raise ValueError("`verify_checksums` is true, but without a checkpoint there are no files to compare.")
+    path = cached_file(source, CHECKSUMS, **hub_options)
+    return verify_checksums(os.path.dirname(path), allow_missing=not os.path.isdir(source))
+
+
+__all__ = ["read_checksums", "sha256_of", "verify_checksums", "verify_loaded", "write_checksums"]
