@@ -57,6 +57,3 @@ def _range(at_least: float | None, at_most: float | None) -> str:
     if at_least is None:
         return "" if at_most is None else f" of at most {at_most}"
     return f" of at least {at_least}" if at_most is None else f" from {at_least} to {at_most}"
-
-
-__all__ = ["list_some", "require_choice", "require_flag", "require_integer", "require_number"]

@@ -74,26 +74,8 @@ class _ValidatedConfig(PreTrainedConfig):
         require_choice(f"{self.field_prefix}hidden_act", self.hidden_act, sorted(ACT2FN))
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
-        """Read the file, as `transformers` does, which would go on with a list or a string in its place."""
-        found: Any
-        try:
-            found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except (AttributeError, TypeError) as error:  # of older versions, about what they have read
-            found = error
-        if not isinstance(found, dict):
-            holds = f"has to hold an object, but holds {found!r:.100}"
-            raise ValueError(f"config.json of {pretrained_model_name_or_path} {holds}.")
-        return found, kwargs
-
-    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Build the configuration from a dictionary, as `transformers` does, but strictly.
-
-        Raises:
-            TypeError: `config_dict` is not a dictionary.
-            ValueError: it describes another `model_type`, or a field has a value that is not allowed.
-        """
+        """Build the configuration from a dictionary, as `transformers` does, but strictly."""
         if not isinstance(config_dict, dict):
             raise TypeError(f"A {cls.__name__} is read from a dictionary, got a {type(config_dict).__name__}.")
         cls._require_model_type(config_dict.get("model_type", cls.model_type))
@@ -122,8 +104,7 @@ class DeepSeekOCRVisionSamConfig(_ValidatedConfig):
         initializer_range: Standard deviation of the normal distribution that a new model's weights come from.
 
     Raises:
-        TypeError: A field has a value of another type; the message names the field.
-        ValueError: A field has a value that is not allowed, or two do not fit; the message names the field.
+        TypeError, ValueError: As a `DeepSeekOCRVisionConfig` does.
     """
 
     model_type = "deepseek_ocr_vision_sam"
@@ -192,8 +173,7 @@ class DeepSeekOCRVisionClipConfig(_ValidatedConfig):
         initializer_range: Standard deviation of the normal distribution that a new model's weights come from.
 
     Raises:
-        TypeError: A field has a value of another type; the message names the field.
-        ValueError: A field has a value that is not allowed, or two do not fit; the message names the field.
+        TypeError, ValueError: As a `DeepSeekOCRVisionConfig` does.
     """
 
     model_type = "deepseek_ocr_vision_clip"
@@ -290,12 +270,10 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
     def tiny(cls, **fields) -> "DeepSeekOCRVisionConfig":
         """An encoder for tests and first steps, of 2 + 2 layers and width 32: 128 x 128 pixels are 2 x 2 tokens.
 
-        One SAM block attends in windows and one to the whole grid of 8 x 8 patches, which is no multiple of a window.
-        `initializer_range` is large, so that new weights matter to the tokens.
-
         Args:
             fields: Fields to replace. A dictionary for a stage replaces those fields of the stage that it names.
         """
+        # A block attends in windows and one to the whole grid, no multiple of a window; new weights matter to tokens.
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
         sam = sizes | {"num_attention_heads": 2, "mlp_dim": 64, "window_size": 3, "global_attn_indexes": [1]}
         sam |= {"output_channels": 16, "downsample_channels": [24, 32], "image_size": 128}
@@ -307,12 +285,20 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
-        """Read the file; of a whole model transformers takes the part that is this encoder's, if there is one."""
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        part = config_dict.get(cls.base_config_key)
+        """Read the file, as transformers does, which would go on with a list, a text or a whole model in its place."""
+        found: Any
+        try:
+            found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, TypeError) as error:  # of older versions, about what they have read
+            found = error
+        if not isinstance(found, dict):
+            holds = f"has to hold an object, but holds {found!r:.100}"
+            raise ValueError(f"config.json of {pretrained_model_name_or_path} {holds}.")
+        part = found.get(cls.base_config_key)
+        # Of a model around this encoder transformers takes the encoder's part.
         if not isinstance(part, dict) or part.get("model_type") != cls.model_type:
-            refuse_whole_model(pretrained_model_name_or_path, config_dict)
-        return config_dict, kwargs
+            refuse_whole_model(pretrained_model_name_or_path, found)
+        return found, kwargs
 
     @property
     def concat_size(self) -> int:
@@ -323,13 +309,8 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
     def hidden_size(self) -> int:
         """Width of the tokens that come out; composites size their projector by it."""
         require_choice("feature_mode", self.feature_mode, FEATURE_MODES)
-        widths = {
-            "residual": self.clip_config.hidden_size,
-            "concat": self.concat_size,
-            "projected": self.projection_dim,
-            "sequence": self.projection_dim,
-        }
-        return widths[self.feature_mode]
+        widths = {"residual": self.clip_config.hidden_size, "concat": self.concat_size}
+        return widths.get(self.feature_mode, self.projection_dim)
 
     @hidden_size.setter
     def hidden_size(self, value: int) -> None:
@@ -356,11 +337,7 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
 
 
 def refuse_whole_model(source: str | os.PathLike, config_dict: dict[str, Any]) -> None:
-    """Say of a whole model's checkpoint that it is one, where an encoder's is asked for.
-
-    Raises:
-        ValueError: It is one.
-    """
+    """Raise a ValueError if it is a whole model's checkpoint that stands where an encoder's was asked for."""
     model_type = config_dict.get("model_type")
     if DeepSeekOCRVisionConfig.base_config_key in config_dict and model_type != DeepSeekOCRVisionConfig.model_type:
         raise ValueError(
@@ -377,6 +354,3 @@ def _as_config(field: str, value: Any, config_class: type[PreTrainedConfig]) -> 
     if not isinstance(value, config_class):
         raise TypeError(f"`{field}` has to be a dict or a {config_class.__name__}, got a {type(value).__name__}.")
     return value
-
-
-__all__ = ["DeepSeekOCRVisionClipConfig", "DeepSeekOCRVisionConfig", "DeepSeekOCRVisionSamConfig"]

@@ -85,26 +85,13 @@ def preset_of(feature_mode: FeatureMode) -> str:
 
 
 def require_preset(preset: str) -> Preset:
-    """The preset of a name.
-
-    Raises:
-        TypeError: The name is no string.
-        ValueError: There is none of that name.
-    """
+    """The preset of a name; a `TypeError` if that is no string, a `ValueError` if there is none of that name."""
     return PRESETS[require_choice("preset", preset, PRESETS)]
 
 
 def require_mode(mode: str, preset: str) -> Mode:
-    """The mode of a name, of those that go with a preset.
-
-    Raises:
-        TypeError: The name is no string.
-        ValueError: There is none of that name.
-    """
+    """The mode of a name, of those that go with a preset; errors as of `require_preset`."""
     allowed = require_preset(preset).modes
     if not allowed:
         raise ValueError(f"`mode` is {mode!r}; with preset {preset!r} it has to be left out: choose a `size`.")
     return MODES[require_choice("mode", mode, allowed)]
-
-
-__all__ = ["MODES", "PRESETS", "Mode", "ModeName", "Preset", "preset_of", "require_mode", "require_preset"]

@@ -3,7 +3,7 @@ position tables, and the MLP of a layer.
 """
 
 from contextlib import AbstractContextManager
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = "image"
+    embeddings_path: ClassVar[str]
     # `forward` takes any keyword, which `Trainer` would take for a loss of the model's own.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
@@ -36,6 +37,14 @@ class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _can_compile_fullgraph = True
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What reads the input: of pixels, the convolution that turns them into patches."""
+        return self.get_submodule(self.embeddings_path)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace what reads the input."""
+        self.set_submodule(self.embeddings_path, value)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -69,9 +78,6 @@ class LayerGroups:
         Args:
             names: Groups of `layer_groups`, or the front part of their names: `"sam"`, `"sam.blocks"`, `"clip"`.
 
-        Returns:
-            The model itself.
-
         Raises:
             ValueError: No group goes by that name; nothing is changed then.
         """
@@ -87,7 +93,10 @@ class LayerGroups:
         for name in names or groups:
             matches = {group for group in groups if f"{group}.".startswith(f"{name}.")}
             if not matches:
-                raise ValueError(f"{name!r} is no layer group; there are {_group_names(groups)}.")
+                # Parents first, without the 24th of a kind.
+                parents = dict.fromkeys(".".join(group.split(".")[:depth]) for group in groups for depth in (1, 2))
+                one_by_one = "blocks and layers also one by one, such as sam.blocks.0"
+                raise ValueError(f"{name!r} is no layer group; there are {', '.join(parents)}; {one_by_one}.")
             chosen |= matches
         for group in chosen:
             for parameter in groups[group]:
@@ -95,14 +104,8 @@ class LayerGroups:
         return self
 
 
-def _group_names(groups: dict[str, list[nn.Parameter]]) -> str:
-    """The names a caller may use, parents first, without the 24th of a kind."""
-    parents = [".".join(group.split(".")[:depth]) for group in groups for depth in (1, 2)]
-    return ", ".join(dict.fromkeys(parents)) + "; blocks and layers also one by one, such as sam.blocks.0"
-
-
 def keep_rng_state() -> AbstractContextManager:
-    """Leave the random state alone while modules are built, so that `_init_weights` alone decides what a seed gives.
+    """Leave the random state to `_init_weights` while modules are built.
 
     PyTorch's modules initialise their weights when they are built, but not on the meta device, where transformers
     builds a model that it loads: one seed would give two models.
@@ -110,12 +113,7 @@ def keep_rng_state() -> AbstractContextManager:
     return torch.random.fork_rng(devices=[])
 
 
-def resize_positions(
-    positions: torch.Tensor,  # [H, W, C]
-    grid: tuple[int, int],
-    *,
-    antialias: bool,
-) -> torch.Tensor:
+def resize_positions(positions: torch.Tensor, grid: tuple[int, int], *, antialias: bool) -> torch.Tensor:
     """Resize a position table [H, W, C] to another grid, bicubic, in float32; the table itself if it fits already."""
     if positions.shape[:2] == grid:
         return positions

@@ -4,8 +4,6 @@ Letters in the shapes: B batch, H and W rows and columns of the token grid, N to
 channels.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -116,32 +114,17 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
 
     config_class = DeepSeekOCRVisionClipConfig
     base_model_prefix = "vision_model"
+    embeddings_path = "embeddings"
     main_input_name = "feature_map"
 
     def __init__(self, config: DeepSeekOCRVisionClipConfig, *, class_token: bool = True):
         super().__init__(config)
         with keep_rng_state():
-            self.embeddings: nn.Module = ClipEmbeddings(config, class_token=class_token)
+            self.embeddings = ClipEmbeddings(config, class_token=class_token)
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.transformer = ClipTransformer(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
-
-    def forward(
-        self,
-        feature_map: torch.Tensor,
-        *,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        **kwargs: Any,
-    ) -> BaseModelOutput:
+    def forward(self, feature_map: torch.Tensor, **switches: bool) -> BaseModelOutput:
         # The stages may be of different dtypes.
-        hidden_states = self.pre_layrnorm(self.embeddings(feature_map.to(self.dtype)))
-        return self.transformer(
-            hidden_states, output_hidden_states=output_hidden_states, output_attentions=output_attentions
-        )
+        return self.transformer(self.pre_layrnorm(self.embeddings(feature_map.to(self.dtype))), **switches)

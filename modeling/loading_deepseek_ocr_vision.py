@@ -1,7 +1,4 @@
-"""How the encoder is loaded and saved: its own checkpoints, those of whole models, and live encoders.
-
-What concerns checkpoints of others is in the package's `weights`, where each function has the full documentation.
-"""
+"""How the encoder is loaded and saved. What concerns checkpoints of others is in the package's `weights`."""
 
 import os
 from collections.abc import Iterable
@@ -154,16 +151,10 @@ class CheckpointMixin(AtomicSavingMixin, DeepSeekOCRVisionPreTrainedModel):
         return write_deepseek_ocr(self, base, target, **hub_options)
 
     def default_image_processor(self) -> Any:
-        """What prepares images for this model unless told otherwise.
-
-        Returns:
-            The image processor saved where the model itself was loaded from or, where there is none, the preset that
-            belongs to its feature mode at `config.image_size`.
-
-        Raises:
-            ValueError: Neither is at hand, as in a checkpoint without one whose package is not installed.
+        """What prepares images for this model: the image processor saved where it was loaded from or, where there is
+        none, the preset of its feature mode at `config.image_size`. That needs the package, or is a `ValueError`.
         """
-        if self._origin is not None and _has_image_processor(self._origin):
+        if self._origin is not None and _may_hold_image_processor(self._origin):
             is_remote_code = type(self).__module__.startswith("transformers_modules.")
             return AutoImageProcessor.from_pretrained(**self._origin, trust_remote_code=is_remote_code)
         if type(self.config) not in IMAGE_PROCESSOR_MAPPING:
@@ -181,9 +172,6 @@ def check_loading_info(loading_info: dict[str, Any], *, allow_mismatched: bool) 
     Args:
         loading_info: What transformers' `from_pretrained(output_loading_info=True)` gives.
         allow_mismatched: Whether tensors of another shape, newly initialised by then, are what the caller asked for.
-
-    Raises:
-        ValueError: It names the keys, ten of a kind at the most, and shapes as found and as expected.
     """
     problems = problems_with(
         missing=loading_info["missing_keys"],
@@ -201,16 +189,9 @@ def problems_with(
     *, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Iterable, Iterable]]
 ) -> str:
     """What is wrong with a checkpoint's tensors, in words, ten keys of a kind at the most; nothing if nothing is."""
-    missing, unexpected, mismatched = sorted(missing), sorted(unexpected), sorted(mismatched)
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} tensors are missing: {list_some(missing)}")
-    if unexpected:
-        problems.append(f"{len(unexpected)} tensors are not of this model: {list_some(unexpected)}")
-    if mismatched:
-        shapes = [f"{key} (found {list(found)}, expected {list(expected)})" for key, found, expected in mismatched]
-        problems.append(f"{len(mismatched)} tensors have another shape: {list_some(shapes)}")
-    return "; ".join(problems)
+    shapes = [f"{key} (found {list(found)}, expected {list(expected)})" for key, found, expected in sorted(mismatched)]
+    kinds = {"are missing": sorted(missing), "are not of this model": sorted(unexpected), "have another shape": shapes}
+    return "; ".join(f"{len(keys)} tensors {are}: {list_some(keys)}" for are, keys in kinds.items() if keys)
 
 
 def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +214,7 @@ def _origin_of(source: str | os.PathLike, options: dict[str, Any]) -> Origin | N
     return Origin(origin, pretrained_model_name_or_path=source, revision=os.path.basename(folder))
 
 
-def _has_image_processor(origin: Origin) -> bool:
+def _may_hold_image_processor(origin: Origin) -> bool:
     """Whether a folder holds an image processor. Of a repository on the Hub loading tells."""
     folder = os.path.join(origin["pretrained_model_name_or_path"], origin.get("subfolder", ""))
     return not os.path.isdir(folder) or any(os.path.isfile(os.path.join(folder, file)) for file in _PROCESSOR_FILES)

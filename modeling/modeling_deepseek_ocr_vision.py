@@ -25,14 +25,11 @@ from .sequence_deepseek_ocr_vision import (
     flatten_views,
     grids_of_tiles,
     pad_and_concatenate,
-    refuse_absent_tiles,
 )
 
 
 if TYPE_CHECKING:
-    # Never runs. transformers reads these lines to learn which files a checkpoint's model travels with, and its older
-    # versions do not look for them in the files imported above.
-    from ..configuration.checks_deepseek_ocr_vision import require_choice  # noqa: F401
+    # Never runs. By these lines older versions of transformers learn which further files a checkpoint travels with.
     from ..saving.saving_deepseek_ocr_vision import AtomicSavingMixin  # noqa: F401
     from .attention_deepseek_ocr_vision import attention_function  # noqa: F401
 
@@ -63,6 +60,7 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
 
     config_class = DeepSeekOCRVisionConfig
     base_model_prefix = "model"
+    embeddings_path = "sam_model.patch_embed.proj"
     # What a checkpoint may hold beyond the vision weights of this model's mode: the language model around the
     # released encoder, CLIP's unused patch embedding, and what the other modes use.
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
@@ -92,14 +90,6 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
         """Standard deviation of newly initialised weights after the two stages, which have their own."""
         return self.config.clip_config.initializer_range
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The convolution that turns pixels into patches."""
-        return self.sam_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the convolution that turns pixels into patches."""
-        self.sam_model.set_input_embeddings(value)
-
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -113,15 +103,12 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
     ) -> DeepSeekOCRVisionOutput | tuple:
         """Encode a batch of pages, with their tiles where there are some: one pass for all pages, one for all tiles.
 
-        The tiles' arguments have the names and the meaning of transformers' Unlimited-OCR; the image processor gives
-        them in the mode Gundam. Images may have different numbers of tiles. `pixel_values_local` [0, 3, S, S] is a
-        batch without tiles; it takes the same passes as one with tiles, which processes that share weights need.
-
         Args:
             pixel_values: [B, 3, height, width], normalised; height and width are multiples of `config.patch_size`.
                 Cast to the weights' dtype. An empty batch gives an empty batch of tokens.
             pixel_values_local: The tiles of all images, image by image in reading order, [T, 3, S, S] or of any other
-                size that `pixel_values` may have.
+                size that `pixel_values` may have; named as in transformers' Unlimited-OCR. Without a tile, [0, 3, S,
+                S], a batch takes the same passes as one with tiles, which processes that share weights need.
             num_local_patches: How many of them each image has, B integers.
             patches_grid: Columns and rows of each image's tiles, B x 2 integers; any where there are none.
             output_hidden_states: Whether to return the CLIP stage's hidden states. Composites pass the index of the
@@ -129,17 +116,10 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
             output_attentions: Whether to return the CLIP stage's attention weights. The CLIP stage then uses the
                 `"eager"` attention, whatever its `attn_implementation`.
             return_dict: Whether to return an output object or a tuple.
-            kwargs: Without effect. Composites pass on all that they are called with, such as `num_items_in_batch` of
-                `Trainer`, `use_cache`, or what a later transformers adds to these.
+            kwargs: Without effect. Composites pass on all that they are called with, such as `num_items_in_batch`.
 
         Returns:
-            `last_hidden_state` [B, N, config.hidden_size], row-major over the grid; with tiles, row-major over the
-            grid of the image's tiles and then over the page's, and padded with zeros at the end, as the
-            `attention_mask` [B, N] says. `pooler_output` [B, config.hidden_size], the mean of an image's tokens.
-            `hidden_states`, a tuple of what enters the first CLIP layer and what leaves each, [B, N, C] (N + 1 with a
-            class token, the first) of the page alone, the last one replaced by `last_hidden_state`. `attentions`, one
-            [B, heads, N, N] a CLIP layer (N + 1 with a class token). `local_hidden_states` and `local_attentions`, the
-            same of the tiles.
+            Tokens, their mean, and what was asked for, as `DeepSeekOCRVisionOutput` says.
 
         Raises:
             TypeError: `pixel_values` or `pixel_values_local` is no dense tensor of floating-point numbers, or
@@ -152,7 +132,9 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
         return_dict = _switch(return_dict, default=self.config.return_dict)
         switches = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         self._check_pixel_values("pixel_values", pixel_values)
-        grids = self._tile_grids(pixel_values, pixel_values_local, num_local_patches, patches_grid)
+        if pixel_values_local is not None:
+            self._check_pixel_values("pixel_values_local", pixel_values_local)
+        grids = grids_of_tiles(num_local_patches, patches_grid, pages=pixel_values, tiles=pixel_values_local)
 
         pages, of_pages = self._encode_views(pixel_values, **switches)  # [B, H, W, C]
         special_tokens = self._special_tokens(pages)
@@ -174,14 +156,10 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
         )
         return outputs if return_dict else outputs.to_tuple()
 
-    def _encode_views(
-        self, pixel_values: torch.Tensor, *, output_hidden_states: bool, output_attentions: bool
-    ) -> tuple[torch.Tensor, BaseModelOutput]:
+    def _encode_views(self, pixel_values: torch.Tensor, **switches: bool) -> tuple[torch.Tensor, BaseModelOutput]:
         """Grids of tokens, [B, H, W, C], of pages or tiles of one size, and all that the CLIP stage gave."""
         feature_map = self.sam_model(pixel_values)  # [B, C, H, W]
-        clip_outputs = self.vision_model(
-            feature_map, output_hidden_states=output_hidden_states, output_attentions=output_attentions
-        )
+        clip_outputs = self.vision_model(feature_map, **switches)
         features = self._features(feature_map, clip_outputs.last_hidden_state)  # [B, N, C]
         return features.unflatten(1, feature_map.shape[-2:]), clip_outputs
 
@@ -199,17 +177,6 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
             return {}
         return {"newline": self.image_newline.to(tokens), "separator": self.view_seperator.to(tokens)}
 
-    def _tile_grids(
-        self, pixel_values: torch.Tensor, pixel_values_local: Any, num_local_patches: Any, patches_grid: Any
-    ) -> list[tuple[int, int]] | None:
-        """Columns and rows of each image's tiles; `None` where tiles are not given."""
-        if pixel_values_local is None:
-            refuse_absent_tiles(num_local_patches)
-            return None
-        self._check_pixel_values("pixel_values_local", pixel_values_local)
-        sizes = {"num_images": len(pixel_values), "num_tiles": len(pixel_values_local)}
-        return grids_of_tiles(num_local_patches, patches_grid, **sizes)
-
     def _check_pixel_values(self, name: str, pixel_values: torch.Tensor) -> None:
         if not isinstance(pixel_values, torch.Tensor):
             raise TypeError(f"`{name}` has to be a torch.Tensor, got a {type(pixel_values).__name__}.")
@@ -217,15 +184,12 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
             kind = "a nested one" if pixel_values.is_nested else f"one of layout {pixel_values.layout}"
             raise TypeError(f"`{name}` has to be a dense tensor, got {kind}.")
         if not pixel_values.is_floating_point():
-            raise TypeError(
-                f"`{name}` has to hold normalised floating-point numbers, got {pixel_values.dtype}; the image "
-                "processor makes them from images."
-            )
-        num_channels, token_size = self.config.num_channels, self.config.patch_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
-            raise ValueError(
-                f"`{name}` has to be of shape [batch, {num_channels}, height, width], got {list(pixel_values.shape)}."
-            )
+            allowed = "normalised floating-point numbers, as the image processor makes them"
+            raise TypeError(f"`{name}` has to hold {allowed}, got {pixel_values.dtype}.")
+        token_size, shape = self.config.patch_size, ["batch", self.config.num_channels, "height", "width"]
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            allowed = f"[{', '.join(map(str, shape))}]"
+            raise ValueError(f"`{name}` has to be of shape {allowed}, got {list(pixel_values.shape)}.")
         height, width = pixel_values.shape[-2:]
         if height % token_size or width % token_size or not height or not width:
             nearest = [max(token_size, round(side / token_size) * token_size) for side in (height, width)]
@@ -243,17 +207,15 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
             images: An image or a list of them: paths, PIL images, arrays or tensors.
             image_processor: What prepares them. By default the one saved with this checkpoint or, for a model that
                 has none, the preset that belongs to its feature mode at `config.image_size`.
-            mode: Another of the released model's resolutions than the image processor's: `"tiny"`, `"small"`,
-                `"base"`, `"large"` or `"gundam"`.
+            mode: Another of the released model's resolutions than the image processor's, a key of `MODES`.
             batch_size: Images that pass through the model at once, at least 1.
 
         Returns:
             One tensor [N, config.hidden_size] an image, on the model's device and in its dtype.
 
         Raises:
-            TypeError: `batch_size` is no integer, or an image of a type that the image processor does not take.
-            ValueError: `images` is empty, an image is invalid, `batch_size` is less than 1, or the image processor's
-                preset has no such mode.
+            TypeError, ValueError: `images` is empty, an image cannot be read, `batch_size` is no positive integer, or
+                the image processor's preset has no such mode.
         """
         batch_size = require_integer("batch_size", batch_size, at_least=1)
         if image_processor is None:
@@ -271,7 +233,8 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
                     raise
                 inputs = {name: _moved(features[name], input_device(self)) for name in INPUTS if name in features}
                 outputs = self(**inputs, return_dict=True)
-                tokens.extend(_unpadded(outputs.last_hidden_state, outputs.attention_mask))
+                rows, mask = outputs.last_hidden_state, outputs.attention_mask
+                tokens.extend(rows if mask is None else [row[own] for row, own in zip(rows, mask, strict=True)])
         return tokens
 
     def layer_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -283,13 +246,14 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
             with the learned tokens of that feature mode. Every parameter is in exactly one group.
         """
         sam, clip = self.sam_model, self.vision_model
-        groups = {"sam.patch_embed": _parameters(sam, "patch_embed", "pos_embed")}
-        groups |= {f"sam.blocks.{index}": [*block.parameters()] for index, block in enumerate(sam.blocks)}
-        groups["sam.neck"] = _parameters(sam, "neck")
-        groups["sam.compressor"] = _parameters(sam, "net_2", "net_3")
-        groups["clip.embeddings"] = _parameters(clip, "embeddings", "pre_layrnorm")
-        layers = enumerate(clip.transformer.layers)
-        groups |= {f"clip.layers.{index}": [*layer.parameters()] for index, layer in layers}
+        groups = {
+            "sam.patch_embed": _parameters(sam, "patch_embed", "pos_embed"),
+            **{f"sam.blocks.{index}": [*block.parameters()] for index, block in enumerate(sam.blocks)},
+            "sam.neck": _parameters(sam, "neck"),
+            "sam.compressor": _parameters(sam, "net_2", "net_3"),
+            "clip.embeddings": _parameters(clip, "embeddings", "pre_layrnorm"),
+            **{f"clip.layers.{index}": [*each.parameters()] for index, each in enumerate(clip.transformer.layers)},
+        }
         if self.config.feature_mode in ("projected", "sequence"):
             groups["projector"] = _parameters(self, "projector")
         if self.config.feature_mode == "sequence":
@@ -309,20 +273,11 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def _count_from_start(error: Exception, start: int) -> None:
     """Let an error about an image of a batch name its index in the whole list."""
-
-    def shift(index: re.Match) -> str:
-        return f"images[{int(index[1]) + start}]"
-
+    index = re.compile(r"(?<=\bimages\[)\d+(?=\])")
     error.args = tuple(
-        re.sub(r"\bimages\[(\d+)\]", shift, value) if isinstance(value, str) else value for value in error.args
+        index.sub(lambda match: str(int(match[0]) + start), part) if isinstance(part, str) else part
+        for part in error.args
     )
-
-
-def _unpadded(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """One tensor of tokens an image, [B, N, C] -> B times [N, C], without the padding of the shorter ones."""
-    if attention_mask is None:
-        return list(tokens)
-    return [row[mask] for row, mask in zip(tokens, attention_mask, strict=True)]
 
 
 def _parameters(module: nn.Module, *names: str) -> list[nn.Parameter]:

@@ -26,9 +26,8 @@ class SamPatchEmbed(nn.Module):
 
     def __init__(self, config: DeepSeekOCRVisionSamConfig, *, num_channels: int):
         super().__init__()
-        self.proj: nn.Module = nn.Conv2d(
-            num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
+        side = config.patch_size
+        self.proj = nn.Conv2d(num_channels, config.hidden_size, kernel_size=side, stride=side)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # [B, 3, height, width] -> [B, H, W, C]
         # Contiguous, or every norm and every sum of the blocks would go through the channels in strides of H x W.
@@ -82,6 +81,7 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
 
     config_class = DeepSeekOCRVisionSamConfig
     base_model_prefix = "sam_model"
+    embeddings_path = "patch_embed.proj"
 
     def __init__(self, config: DeepSeekOCRVisionSamConfig, *, num_channels: int = 3):
         super().__init__(config)
@@ -101,18 +101,10 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
             self.net_3 = nn.Conv2d(middle_width, out_width, kernel_size=3, stride=2, padding=1, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patch_embed.proj
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.patch_embed.proj = value
-
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if pixel_values.is_meta != self.pos_embed.is_meta:
-            raise ValueError(
-                f"`pixel_values` is on {pixel_values.device} and the model on {self.pos_embed.device}; tensors on the "
-                "meta device have a shape and no values."
-            )
+            places = f"on {pixel_values.device} and the model on {self.pos_embed.device}"
+            raise ValueError(f"`pixel_values` is {places}; tensors on the meta device have a shape and no values.")
         hidden_states = self.patch_embed(pixel_values.to(self.dtype))  # [B, H, W, C]
         _, height, width, _ = hidden_states.shape
         hidden_states = hidden_states + resize_positions(self.pos_embed[0], (height, width), antialias=True)

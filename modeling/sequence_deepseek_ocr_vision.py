@@ -21,8 +21,13 @@ class DeepSeekOCRVisionOutput(BaseModelOutputWithPooling):
     """What the encoder gives: transformers' output of a vision encoder, and with tiles three fields more.
 
     Args:
-        attention_mask: [B, N], true where `last_hidden_state` holds a token and false where it is padded with zeros at
-            the end, as images with more tiles have more tokens. `None` without tiles: all have the same number then.
+        last_hidden_state: [B, N, config.hidden_size], row-major over the page's grid of tokens; with tiles, row-major
+            over the grid of the image's tiles first, and padded with zeros at the end.
+        pooler_output: [B, config.hidden_size], the mean of an image's tokens.
+        hidden_states: What enters the first CLIP layer and what leaves each, [B, N, C] (N + 1 with a class token, the
+            first) of the page alone; the last one is `last_hidden_state`.
+        attentions: [B, heads, N, N] of each CLIP layer (N + 1 with a class token).
+        attention_mask: [B, N], true where `last_hidden_state` holds a token and no padding. `None` without tiles.
         local_hidden_states: The tiles' hidden states, as `hidden_states` are the pages'.
         local_attentions: The tiles' attention weights, as `attentions` are the pages'.
     """
@@ -34,16 +39,10 @@ class DeepSeekOCRVisionOutput(BaseModelOutputWithPooling):
 
 def flatten_views(
     *views: torch.Tensor,  # [..., H, W, C] each
-    newline: torch.Tensor | None = None,  # [C]
-    separator: torch.Tensor | None = None,  # [C]
+    newline: torch.Tensor | None = None,  # [C], ends each row of a grid
+    separator: torch.Tensor | None = None,  # [C], ends the image
 ) -> torch.Tensor:
-    """Put grids of tokens into one row of them, [..., N, C]: view by view, and in each of them row by row.
-
-    Args:
-        views: The tiles' grid and the page's, or the page's alone.
-        newline: What ends each row of a grid, if anything does.
-        separator: What ends the image, if anything does.
-    """
+    """Put the tiles' grid and the page's into one row of tokens, [..., N, C]: view by view, and in each row by row."""
     if newline is not None:
         views = tuple(torch.cat([view, newline.expand(*view.shape[:-2], 1, -1)], dim=-2) for view in views)
     parts = [view.flatten(-3, -2) for view in views]
@@ -61,20 +60,14 @@ def as_one_grid(tiles: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
 def pad_and_concatenate(
     pages: torch.Tensor,  # [B, H, W, C]
     tiles: torch.Tensor,  # [all tiles, H, W, C]
-    grids: list[tuple[int, int]],
-    **special_tokens: torch.Tensor | None,
+    grids: list[tuple[int, int]],  # columns and rows of each image's tiles, 0 and 0 for none
+    **special_tokens: torch.Tensor | None,  # as `flatten_views` takes them
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One row of tokens an image, where each has tiles of its own, or none.
 
     An image without tiles is concatenated with none of them. That makes the tiles part of the graph, so that the
     backward pass of a process without tiles visits the same layers as that of one with some: processes that share
     weights wait for each other in each.
-
-    Args:
-        pages: The tokens of the pages.
-        tiles: The tokens of all images' tiles.
-        grids: Columns and rows of each image's tiles, 0 and 0 for none.
-        special_tokens: `newline` and `separator`, as `flatten_views` takes them.
 
     Returns:
         The rows, padded with zeros at the end, [B, N, C]; the mask [B, N] of what is a token; the mean of each row's
@@ -95,46 +88,32 @@ def pad_and_concatenate(
 
 
 def grids_of_tiles(
-    num_local_patches: Any, patches_grid: Any, *, num_images: int, num_tiles: int
-) -> list[tuple[int, int]]:
-    """Columns and rows of each image's tiles, 0 and 0 where it has none.
+    num_local_patches: Any, patches_grid: Any, *, pages: torch.Tensor, tiles: torch.Tensor | None
+) -> list[tuple[int, int]] | None:
+    """Columns and rows of each image's tiles, 0 and 0 where it has none; `None` where no tiles are given at all.
 
-    Args:
-        num_local_patches: How many tiles each image has.
-        patches_grid: Columns and rows of each image's; of one without tiles any two numbers.
-        num_images: Pages in the batch.
-        num_tiles: Tiles in the batch.
-
-    Raises:
-        TypeError: Either is something else than integers, in lists or tensors.
-        ValueError: They do not fit each other, the pages or the tiles.
+    Args and errors: as `DeepSeekOCRVisionModel.forward` says; `pages` and `tiles` are their pixels.
     """
+    if tiles is None:
+        if num_local_patches is not None and any(_integers("num_local_patches", num_local_patches, depth=1)):
+            raise ValueError(f"`num_local_patches` is {num_local_patches}, but there are no `pixel_values_local`.")
+        return None
     counts = _integers("num_local_patches", num_local_patches, depth=1)
     grids = _integers("patches_grid", patches_grid, depth=2)
     for name, entries in (("num_local_patches", counts), ("patches_grid", grids)):
-        if len(entries) != num_images:
-            raise ValueError(f"`{name}` has {len(entries)} entries for {num_images} images in `pixel_values`.")
+        if len(entries) != len(pages):
+            raise ValueError(f"`{name}` has {len(entries)} entries for {len(pages)} images in `pixel_values`.")
     for index, (count, grid) in enumerate(zip(counts, grids, strict=True)):
         if count < 0 or len(grid) != 2 or (count > 0 and (min(grid) < 1 or grid[0] * grid[1] != count)):
             raise ValueError(
                 f"`patches_grid[{index}]` is {grid} and `num_local_patches[{index}]` is {count}; they have to be the "
                 "columns and rows of an image's tiles, and the product of both."
             )
-    if sum(counts) != num_tiles:
+    if sum(counts) != len(tiles):
         raise ValueError(
-            f"`num_local_patches` adds up to {sum(counts)}, but `pixel_values_local` has {num_tiles} tiles."
+            f"`num_local_patches` adds up to {sum(counts)}, but `pixel_values_local` has {len(tiles)} tiles."
         )
     return [tuple(grid) if count else (0, 0) for count, grid in zip(counts, grids, strict=True)]
-
-
-def refuse_absent_tiles(num_local_patches: Any) -> None:
-    """Make sure that a caller who gives no tiles does not mean any.
-
-    Raises:
-        ValueError: Some image is said to have tiles.
-    """
-    if num_local_patches is not None and any(_integers("num_local_patches", num_local_patches, depth=1)):
-        raise ValueError(f"`num_local_patches` is {num_local_patches}, but there are no `pixel_values_local`.")
 
 
 def _integers(name: str, value: Any, *, depth: int) -> list:

@@ -1,13 +1,13 @@
 """What an encoder reads: images of any kind in, `pixel_values` out.
 
-An image is read to 8-bit RGB, brought to the size of a page, and normalised. Geometry, mean and standard deviation
-come from a preset (`PRESETS`): those of the package `deepseek-ocr-encoder`, or of the released DeepSeek-OCR model
-(arXiv 2510.18234, section 3.2, and its code), whose mode Gundam cuts a large image into tiles besides. There are two
-ways to resize, Pillow and torchvision; torchvision need not be installed.
+An image is read to 8-bit RGB, brought to the size of a page, and normalised, as a preset says; in the released model's
+mode Gundam (arXiv 2510.18234, section 3.2, and its code) a large image is cut into tiles besides.
 """
 
+import inspect
 import os
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import numpy as np
@@ -21,7 +21,6 @@ from ..configuration.configuration_deepseek_ocr_vision import FEATURE_MODES, Fea
 from ..configuration.presets_deepseek_ocr_vision import MODES, PRESETS, ModeName, require_mode, require_preset
 from ..saving.saving_deepseek_ocr_vision import NEEDS_PACKAGE, AtomicSavingMixin
 from .images_deepseek_ocr_vision import fetch_images_of, named_images, read_image
-from .tiles_deepseek_ocr_vision import MIN_TILES, cut, tile_grid
 
 
 try:
@@ -31,16 +30,12 @@ except ImportError:
     torchvision_functional = None
 
 if TYPE_CHECKING:
-    # Never runs. transformers reads this line to learn which files a checkpoint's image processor travels with, and
-    # its older versions do not look for it in the files imported above.
+    # Never runs. By this line older versions of transformers learn which further file a checkpoint travels with.
     from .processing_deepseek_ocr_vision import DeepSeekOCRVisionProcessor  # noqa: F401
 
 
 Backend = Literal["auto", "pil", "torchvision"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-FIELDS: tuple[str, ...] = ("preset", "do_resize", "size", "mode", "tile_size", "max_patches", "resample", "do_pad")
-FIELDS += ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
-FIELDS += ("resize_backend",)
 # What no longer holds when another field is replaced: a mode is a size with or without tiles.
 _VOIDED_BY = {
     "preset": ("mode", "do_pad", "image_mean", "image_std"),
@@ -51,14 +46,14 @@ _VOIDED_BY = {
 }
 # What a JSON file says about the class.
 FILE_FIELDS = ("image_processor_type", "processor_class", "auto_map")
-# What transformers may hand to any image processor, in whatever version is installed: never an error.
-WITHOUT_EFFECT = frozenset(ImagesKwargs.__annotations__) - set(FIELDS)
 TENSOR_TYPES = ("pt", "np")
 CHANNEL_ORDERS = ("channels_first", "channels_last")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 TOKEN_SIZE = 64
 """Side in pixels of the square that one token stands for."""
+MIN_TILES = 2
+"""An image that is cut at all is cut into at least so many."""
 MAX_PATCHES = 6
 """Tiles at the most unless `max_patches` says otherwise, as DeepSeek's own server for the released model has it."""
 PAGE_SIZE = 1024
@@ -87,19 +82,12 @@ Pixels = torch.Tensor | list[torch.Tensor]
 
 
 class Views(NamedTuple):
-    """What an image becomes.
+    """What an image becomes."""
 
-    Attributes:
-        page: The whole of it, uint8 [3, H, W].
-        tiles: Its tiles in reading order, uint8 [T, 3, S, S]; none if it is not cut.
-        grid: Columns and rows of tiles; 1 and 1 if it is not cut.
-        scale: The value of one of its 256 levels before any rescaling: 1, or 1/255 if it came in [0, 1].
-    """
-
-    page: torch.Tensor
-    tiles: torch.Tensor
-    grid: tuple[int, int]
-    scale: float
+    page: torch.Tensor  # the whole of it, uint8 [3, H, W]
+    tiles: torch.Tensor  # its tiles in reading order, uint8 [T, 3, S, S]; none if it is not cut
+    grid: tuple[int, int]  # columns and rows of tiles; 1 and 1 if it is not cut
+    scale: float  # the value of one of its 256 levels before any rescaling: 1, or 1/255 if it came in [0, 1]
 
 
 class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
@@ -129,18 +117,15 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
     Args:
         preset: Which model's preprocessing, a key of `PRESETS`. `"deepseek-ocr-encoder"`: stretched to the page,
             CLIP's mean and standard deviation. `"deepseek-ocr"`: mean and standard deviation 0.5; stretched below
-            1024 pixels (the modes tiny and small), from there on (base and large) fitted into the page with its aspect
-            ratio kept, the rest (127, 127, 127).
+            1024 pixels, from there on fitted into the page with its aspect ratio kept, the rest (127, 127, 127).
         do_resize: Whether images are brought to `size`. If not, their sides have to be multiples of 64.
         size: Size of a page in pixels: a number for a square, `{"height": ..., "width": ...}`, or (height, width), in
             multiples of 64. Defaults to the mode's, or 1024.
-        mode: One of the released model's resolutions, a key of `MODES`, for the preset `"deepseek-ocr"`: `"tiny"` 512,
-            `"small"` 640, `"base"` 1024, `"large"` 1280, `"gundam"` 1024 and tiles of 640. It stands for `size` and
-            `tile_size`, which follow it; to give one of them as well is an error if it differs.
+        mode: One of the released model's resolutions, a key of `MODES`, for the preset `"deepseek-ocr"`. It stands for
+            `size` and `tile_size`, which follow it; to give one of them as well is an error if it differs.
         tile_size: Side in pixels, a multiple of 64, of the tiles that an image with a longer side is cut into besides
             becoming a page. `None` for no tiles, unless the mode has some.
-        max_patches: Tiles that an image is cut into at the most, at least 2. 6 by default, as DeepSeek's server has
-            it; its remote code has 9.
+        max_patches: Tiles that an image is cut into at the most, at least 2; the released remote code has 9.
         resample: Filter that resizes, a `PIL.Image.Resampling`. Always antialiased.
         do_pad: Whether the aspect ratio is kept and the rest of the page filled. Defaults to what the preset does at
             this size.
@@ -226,8 +211,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
 
         Raises:
             OSError: There is no such checkpoint, or its configuration cannot be fetched.
-            TypeError: A field is not known.
-            ValueError: The configuration is corrupt, or a field has a value that is not allowed.
+            TypeError, ValueError: The configuration is corrupt, or a field is unknown or has a wrong value.
         """
         require_preset(preset)
         try:
@@ -262,12 +246,11 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
             height: The image's, in pixels.
             width: The image's, in pixels.
             feature_mode: The model's. `"sequence"` has one more token for each row, and one for the image; all
-                others have one token for each square of 64 x 64 pixels. Defaults to the preset's.
+                others have one token for each square of 64 x 64 pixels, which is the default.
 
         Raises:
-            TypeError: A side is no integer, or the feature mode no string.
-            ValueError: A side is not positive, or no multiple of 64 though `do_resize` is false, or there is no
-                such feature mode.
+            TypeError, ValueError: A side is no positive integer, or no multiple of 64 though `do_resize` is false, or
+                there is no such feature mode.
         """
         if feature_mode is not None:
             require_choice("feature_mode", feature_mode, FEATURE_MODES)
@@ -275,8 +258,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         width = require_integer("width", width, at_least=1)
         if not self.do_resize:
             _require_token_multiple("height, width", height, width)
-        page = _page_size(self.size) if self.do_resize else {"height": height, "width": width}
-        views = [(page["height"], page["width"])]
+        views = [tuple(_page_size(self.size).values()) if self.do_resize else (height, width)]
         columns, rows = self._grid(height, width)
         if self.tile_size is not None and columns * rows > 1:
             views.append((rows * self.tile_size, columns * self.tile_size))
@@ -311,23 +293,13 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         return BatchFeature(features)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open what is a path and hand on the rest; transformers' processors with a tokenizer call this.
-
-        Raises:
-            ValueError: A URL; nothing is downloaded.
-            OSError: A file that is missing, truncated or no image.
-        """
+        """Open what is a path and hand on the rest; transformers' processors with a tokenizer call this."""
         return fetch_images_of(image_url_or_urls, "images")
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
         """Build from a dictionary, as `transformers` does. Another `preset` brings its own geometry and colours,
-        another `mode` its sizes.
-
-        Unknown fields, which a file of another version may have, are kept as plain attributes.
-
-        Raises:
-            ValueError: A field has a value that is not allowed.
+        another `mode` its sizes. Unknown fields, which a file of another version may have, are kept as attributes.
         """
         replaced = {k for k, v in kwargs.items() if k in FIELDS and (v is not None or k == "tile_size")}
         if kwargs.get("preset") == image_processor_dict.get("preset"):
@@ -351,13 +323,9 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         return type(self)(**_without_voided({name: getattr(self, name) for name in FIELDS}, overrides) | overrides)
 
     def _require_backend(self) -> None:
-        if self.resize_backend != "torchvision":
-            return
-        if torchvision_functional is None:
-            raise ImportError(
-                "`resize_backend` is 'torchvision', which is not installed; install it, or choose 'pil'."
-            )
-        if self.do_resize and self.resample not in _TORCHVISION_MODES:
+        if self.resize_backend == "torchvision" and torchvision_functional is None:
+            raise ImportError("`resize_backend` is 'torchvision', which is not installed; install it or choose 'pil'.")
+        if self.resize_backend == "torchvision" and self.do_resize and self.resample not in _TORCHVISION_MODES:
             allowed = [int(mode) for mode in _TORCHVISION_MODES]
             raise ValueError(
                 f"`resample` is {self.resample}; with `resize_backend` 'torchvision' it is one of {allowed}."
@@ -365,10 +333,9 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
 
     def _keeps_tensor(self, image: Any) -> bool:
         """Whether torchvision resizes `image`, and not Pillow."""
-        if self.resize_backend != "auto":
-            return self.resize_backend == "torchvision"
         can_resize = torchvision_functional is not None and self.resample in _TORCHVISION_MODES
-        return can_resize and isinstance(image, torch.Tensor)
+        is_chosen = self.resize_backend == "auto" and can_resize and isinstance(image, torch.Tensor)
+        return is_chosen or self.resize_backend == "torchvision"
 
     def _views(self, image: Any, name: str, *, input_data_format: str | None, device: Any) -> Views:
         """The page and the tiles of an image."""
@@ -462,6 +429,11 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
 # Arguments
 
 
+FIELDS = tuple(inspect.signature(DeepSeekOCRVisionImageProcessor.__init__).parameters)[1:-1]
+# What transformers may hand to any image processor, in whatever version is installed: never an error.
+WITHOUT_EFFECT = frozenset(ImagesKwargs.__annotations__) - set(FIELDS)
+
+
 def _refuse_unknown(given: Iterable[str], known: Sequence[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
@@ -509,14 +481,14 @@ def _sizes(
     if mode is None:
         return _page_size(PAGE_SIZE if size is None else size), _tile_side(tile_size)
     chosen = require_mode(mode, preset)
-    own_size, own_tile_size = _page_size(chosen.size), chosen.tile_size
-    for name, given, own in (
-        ("size", None if size is None else _page_size(size), own_size),
-        ("tile_size", _tile_side(tile_size), own_tile_size),
-    ):
-        if given is not None and given != own:
-            raise ValueError(f"`{name}` is {given!r}, but in mode {mode!r} it is {own!r}; give one of the two.")
-    return own_size, own_tile_size
+    own = {"size": _page_size(chosen.size), "tile_size": chosen.tile_size}
+    for name, value in {
+        "size": None if size is None else _page_size(size),
+        "tile_size": _tile_side(tile_size),
+    }.items():
+        if value is not None and value != own[name]:
+            raise ValueError(f"`{name}` is {value!r}, but in mode {mode!r} it is {own[name]!r}; give one of the two.")
+    return _page_size(chosen.size), chosen.tile_size
 
 
 def _tile_side(tile_size: Any) -> int | None:
@@ -534,6 +506,41 @@ def _require_token_multiple(name: str, height: int, width: int) -> None:
             f"{name}: {height} x {width} pixels (height x width); both have to be multiples of {TOKEN_SIZE}, the "
             f"pixels a token. The nearest size is {nearest[0]} x {nearest[1]}."
         )
+
+
+# Tiles
+
+
+def tile_grid(height: int, width: int, *, tile_size: int, max_tiles: int) -> tuple[int, int]:
+    """The grid of tiles that an image is resized to, as the released code's `dynamic_preprocess` chooses it.
+
+    Of all grids of 2 to `max_tiles` tiles, the one whose aspect ratio is nearest to that of the image of `height` x
+    `width` pixels. Of two that are equally near, the one with more tiles, if the image has more than half as many
+    pixels. Columns and rows; 1 and 1 for an image that is no larger than a tile, which is not cut.
+    """
+    if max(height, width) <= tile_size:
+        return 1, 1
+    nearest, least_distance = (1, 1), float("inf")
+    for columns, rows in _grids(max_tiles):
+        distance = abs(width / height - columns / rows)
+        fills_more = height * width > 0.5 * tile_size * tile_size * columns * rows
+        if distance < least_distance or (distance == least_distance and fills_more):
+            nearest, least_distance = (columns, rows), distance
+    return nearest
+
+
+@lru_cache
+def _grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Columns and rows of every grid, fewer tiles first."""
+    sides = range(1, max_tiles + 1)
+    grids = [(columns, rows) for columns in sides for rows in sides if MIN_TILES <= columns * rows <= max_tiles]
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def cut(images: torch.Tensor, tile_size: int) -> torch.Tensor:
+    """Cut images of one size into tiles, in reading order: [B, 3, R x S, C x S] -> [B, R x C, 3, S, S]."""
+    grid = images.unflatten(3, (-1, tile_size)).unflatten(2, (-1, tile_size))  # [B, 3, R, S, C, S]
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
 # Tensors
@@ -560,6 +567,3 @@ def _packed(pixels: Pixels, return_tensors: str | None, data_format: str | None)
         shapes = [tuple(page.shape) for page in pixels]
         raise ValueError(f"`return_tensors` is {return_tensors!r}, but the pages differ in shape: {shapes}.")
     return pixels if return_tensors == "pt" else pixels.cpu().numpy()
-
-
-__all__ = ["DeepSeekOCRVisionImageProcessor", "DeepSeekOCRVisionImageProcessorKwargs"]

@@ -20,15 +20,9 @@ IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPE
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", flags=re.IGNORECASE)
 _STRIP_PIXELS = 1 << 20
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# By the EXIF orientation.
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+_UPRIGHT = {number: Image.Transpose[name] for number, name in enumerate(_TURNS, start=2)}
 # Tags of a TIFF file.
 _BITS, _PHOTOMETRIC, _PLANAR = 258, 262, 284
 # By how a PNG file stores its pixels: its transparent colour in the 8 bits that Pillow makes of them.
@@ -68,7 +62,6 @@ def read_image(
     if not isinstance(image, np.ndarray | torch.Tensor):
         kinds = "a PIL.Image.Image, a path, a numpy array or a torch tensor"
         raise TypeError(f"{name} is of type {type(image).__name__}; an image has to be {kinds}.")
-    _require_layout(image, name)
     channels_last = _is_channels_last(image, name, input_data_format)
     if keeps_tensor and isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
         planes = image.permute(2, 0, 1) if channels_last else image
@@ -82,11 +75,7 @@ def read_image(
 
 
 def open_image(file: str | os.PathLike | IO[bytes], name: str) -> Image.Image:
-    """Open an image file of one of `IMAGE_FORMATS`, and no other, whatever its suffix says.
-
-    Args:
-        file: Its path, or the file opened to read bytes.
-        name: What the caller calls it, for the errors.
+    """Open an image file of one of `IMAGE_FORMATS`, and no other, whatever its suffix says. `name` is for the errors.
 
     Raises:
         ValueError: A URL, or more pixels than Pillow allows.
@@ -152,29 +141,21 @@ def _unreadable(name: str, error: Exception) -> OSError:
 
 def _read_pillow(image: Image.Image, name: str, *, do_convert_rgb: bool) -> tuple[Image.Image, float]:
     """The first frame of an image, upright, as RGB, and the value of one level. The caller's stays at its frame."""
-    with _at_first_frame(image, name) as is_moved:
-        _load(image, name)
-        rgb, scale = _rgb(image, name, do_convert_rgb=do_convert_rgb)
-        rgb = _turned(rgb, _orientation(image))
-        # An opened file has other pixels after the way back to its frame.
-        return (rgb.copy() if is_moved and rgb is image else rgb), scale
-
-
-@contextmanager
-def _at_first_frame(image: Image.Image, name: str) -> Iterator[bool]:
-    """Where an opened file is at another frame, go to the first and back; says whether that is so."""
-    position = image.tell()
-    if position == 0:
-        yield False
-        return
+    frame = image.tell()
     try:
-        image.seek(0)
+        if frame != 0:
+            image.seek(0)
     except Exception as error:
         raise _unreadable(name, error) from error
     try:
-        yield True
+        _load(image, name)
+        rgb, scale = _rgb(image, name, do_convert_rgb=do_convert_rgb)
+        rgb = _upright(rgb, image)
+        # An opened file has other pixels after the way back to its frame.
+        return (rgb.copy() if frame != 0 and rgb is image else rgb), scale
     finally:
-        image.seek(position)
+        if frame != 0:
+            image.seek(frame)
 
 
 def _load(image: Image.Image, name: str) -> None:
@@ -228,19 +209,16 @@ def _mend_transparent_colour(image: Image.Image) -> None:
         image.info["transparency"] = _KEY_IN_8_BITS[stored_as](key)
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation. Where EXIF cannot be read there is none, as for any viewer."""
+def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    """Turn `rgb` as the EXIF of `image` says. Where that cannot be read there is none, as for any viewer."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
-        return 1
-
-
-def _turned(image: Image.Image, orientation: Any) -> Image.Image:
+        return rgb
     method = next((turn for number, turn in _UPRIGHT.items() if number == orientation), None)
     if method is None:
-        return image
-    turned = image.transpose(method)
+        return rgb
+    turned = rgb.transpose(method)
     turned.info = {}  # or EXIF would be there to turn it once more
     return turned
 
@@ -255,7 +233,7 @@ def _rgb(image: Image.Image, name: str, *, do_convert_rgb: bool) -> tuple[Image.
     if image.mode.startswith("I") or image.mode == "F":
         image, scale = _grey(image, name)
     try:
-        return (_over_paper(image) if _is_transparent(image) else image.convert("RGB")), scale
+        return (_over_paper(image) if image.has_transparency_data else image.convert("RGB")), scale
     except Exception as error:
         raise ValueError(f"{name} is of mode {image.mode}, which Pillow cannot convert to RGB: {error}") from error
 
@@ -272,11 +250,6 @@ def _grey(image: Image.Image, name: str) -> tuple[Image.Image, float]:
     if "transparency" in image.info:
         levels[np.asarray(image) == image.info["transparency"]] = 255
     return Image.fromarray(levels), scale
-
-
-def _is_transparent(image: Image.Image) -> bool:
-    has_alpha_palette = image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
-    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info or has_alpha_palette
 
 
 def _over_paper(image: Image.Image) -> Image.Image:
@@ -304,15 +277,12 @@ def _require_pixels(height: int, width: int, name: str) -> None:
         )
 
 
-def _require_layout(array: np.ndarray | torch.Tensor, name: str) -> None:
+def _is_channels_last(array: np.ndarray | torch.Tensor, name: str, input_data_format: str | None) -> bool:
+    """Whether the last axis is the channels."""
     if array.ndim not in (2, 3):
         raise ValueError(f"{name} has shape {tuple(array.shape)}; an image is [H, W], [H, W, C] or [C, H, W].")
     if 0 in array.shape:
         raise ValueError(f"{name} has no pixels: its shape is {tuple(array.shape)}.")
-
-
-def _is_channels_last(array: np.ndarray | torch.Tensor, name: str, input_data_format: str | None) -> bool:
-    """Whether the last axis is the channels."""
     if array.ndim == 2:
         return False
     first, last = array.shape[0], array.shape[-1]
@@ -384,18 +354,7 @@ def _top_of_range(array: np.ndarray, name: str, *, is_16_bit: bool) -> int:
     allowed = " or ".join(
         f"[0, {top}]" + f" with some value of at least {least}" * (least > 0) for top, (least, _) in ranges.items()
     )
+    found = f"dtype {array.dtype} with values from {low:.6g} to {high:.6g}"
     raise ValueError(
-        f"{name} is of dtype {array.dtype} with values from {low:.6g} to {high:.6g}; they have to be in {allowed}. "
-        "Scale them, or convert them to uint8, before."
+        f"{name} is of {found}; they have to be in {allowed}. Scale them, or convert them to uint8, before."
     )
-
-
-__all__ = [
-    "IMAGE_FORMATS",
-    "PAPER",
-    "ImageTooLargeError",
-    "fetch_images_of",
-    "named_images",
-    "open_image",
-    "read_image",
-]

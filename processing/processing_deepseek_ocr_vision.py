@@ -11,13 +11,11 @@ from .image_processing_deepseek_ocr_vision import DeepSeekOCRVisionImageProcesso
 
 
 if TYPE_CHECKING:
-    # Never runs. transformers reads these lines to learn which files a checkpoint's processor travels with, and its
-    # older versions do not look for them in the files imported above.
+    # Never runs. By these lines older versions of transformers learn which further files a checkpoint travels with.
     from ..configuration.checks_deepseek_ocr_vision import require_choice  # noqa: F401
     from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig  # noqa: F401
     from ..configuration.presets_deepseek_ocr_vision import PRESETS  # noqa: F401
     from .images_deepseek_ocr_vision import read_image  # noqa: F401
-    from .tiles_deepseek_ocr_vision import tile_grid  # noqa: F401
 
 
 class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
@@ -53,8 +51,8 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
             **kwargs: What the image processor takes for one call, also inside `images_kwargs` or `common_kwargs`.
 
         Raises:
-            TypeError: An argument is not known.
-            ValueError: There is text, or there are no images, or the image processor cannot read one.
+            TypeError, ValueError: There is text or no image, the image processor cannot read one, or an argument is
+                not known.
         """
         given: dict[str, Any] = {**kwargs}
         if given.pop("text", None) is not None or given.pop("text_kwargs", None):
@@ -72,6 +70,3 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
         if twice:
             raise ValueError(f"{twice} are given twice: by themselves and inside `images_kwargs`.")
         return self.image_processor(images, **common | own | given)
-
-
-__all__ = ["DeepSeekOCRVisionProcessor"]

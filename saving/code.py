@@ -15,7 +15,7 @@ from .saving_deepseek_ocr_vision import PACKAGE
 FLAT_CODE = {
     "configuration": ("configuration", "presets", "checks"),
     "modeling": ("modeling", "sequence", "loading", "sam", "clip", "base", "attention"),
-    "processing": ("processing", "image_processing", "images", "tiles"),
+    "processing": ("processing", "image_processing", "images"),
     "saving": ("saving",),
 }
 

@@ -72,6 +72,3 @@ def _name_code(*candidates: Any) -> Iterator[None]:
             del part.auto_map
             if auto_map is not None:
                 part.auto_map = auto_map
-
-
-__all__ = ["AUTO_MAP", "CHECKSUMS", "IN_PACKAGE", "NEEDS_PACKAGE", "PACKAGE", "AtomicSavingMixin"]

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
-from deepseek_ocr_vision.processing.tiles_deepseek_ocr_vision import cut, tile_grid
+from deepseek_ocr_vision.processing.image_processing_deepseek_ocr_vision import cut, tile_grid
 
 
 TOKENS = {"tiny": 64, "small": 100, "base": 256, "large": 400}
