@@ -47,6 +47,16 @@ def require_flag(name: str, value: Any) -> bool:
     return value
 
 
+def require_whole_tokens(name: str, height: int, width: int, *, token_size: int) -> None:
+    """Sides in pixels that are positive multiples of the side of the square that a token stands for."""
+    if height % token_size or width % token_size or height < 1 or width < 1:
+        nearest = [max(1, round(side / token_size)) * token_size for side in (height, width)]
+        raise ValueError(
+            f"{name}: {height} x {width} pixels (height x width); both have to be positive multiples of {token_size}, "
+            f"the pixels a token. The nearest size is {nearest[0]} x {nearest[1]}."
+        )
+
+
 def list_some(items: Sequence[Any], *, most: int = 10, separator: str = ", ") -> str:
     """The first few of many items, and how many there are besides."""
     more = f" and {len(items) - most} more" if len(items) > most else ""

@@ -7,11 +7,10 @@ patches, two strided convolutions compress its grid 4 x 4 to 1, and a CLIP-L tra
 import os
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..saving.saving_deepseek_ocr_vision import IN_PACKAGE, AtomicSavingMixin
+from ..saving.saving_deepseek_ocr_vision import IN_PACKAGE, NEEDS_PACKAGE, AtomicSavingMixin
 from .checks_deepseek_ocr_vision import require_choice, require_integer, require_number
 
 
@@ -26,7 +25,8 @@ class _ValidatedConfig(PreTrainedConfig):
 
     def __init__(self, **kwargs):
         self._require_model_type(kwargs.pop("model_type", self.model_type))
-        self._require_common_fields(kwargs)
+        if IN_PACKAGE:
+            _at_home().require_common_fields(kwargs)
         super().__init__(**kwargs)
         self.validate()
 
@@ -35,18 +35,6 @@ class _ValidatedConfig(PreTrainedConfig):
         if model_type != cls.model_type:
             allowed = f"{cls.model_type!r} for a {cls.__name__}"
             raise ValueError(f"`model_type` is {model_type!r}; it has to be {allowed}.")
-
-    @staticmethod
-    def _require_common_fields(fields: dict[str, Any]) -> None:
-        """Refuse values of the fields that every model has over which transformers stumbles without naming them."""
-        for name, value in fields.items():
-            try:
-                config = PreTrainedConfig(**{name: value})
-                config.to_dict()
-                if not isinstance(config.dtype, torch.dtype | None):
-                    raise TypeError("no dtype of torch")
-            except (AttributeError, IndexError, KeyError, TypeError) as error:
-                raise ValueError(f"`{name}` is {value!r}, which transformers does not take ({error}).") from error
 
     def _require(self, field: str, condition: bool, allowed: str) -> None:
         """What a field has to be besides a value of its type."""
@@ -273,32 +261,15 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
         Args:
             fields: Fields to replace. A dictionary for a stage replaces those fields of the stage that it names.
         """
-        # A block attends in windows and one to the whole grid, no multiple of a window; new weights matter to tokens.
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
-        sam = sizes | {"num_attention_heads": 2, "mlp_dim": 64, "window_size": 3, "global_attn_indexes": [1]}
-        sam |= {"output_channels": 16, "downsample_channels": [24, 32], "image_size": 128}
-        clip = sizes | {"num_attention_heads": 4, "intermediate_size": 64, "grid_size": 2}
-        for field, stage in (("sam_config", sam), ("clip_config", clip)):
-            given = fields.get(field, {})
-            fields[field] = stage | given if isinstance(given, dict) else given
-        return cls(**{"projection_dim": 48} | fields)
+        return cls(**_at_home().tiny_fields(fields))
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
-        """Read the file, as transformers does, which would go on with a list, a text or a whole model in its place."""
-        found: Any
-        try:
-            found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except (AttributeError, TypeError) as error:  # of older versions, about what they have read
-            found = error
-        if not isinstance(found, dict):
-            holds = f"has to hold an object, but holds {found!r:.100}"
-            raise ValueError(f"config.json of {pretrained_model_name_or_path} {holds}.")
-        part = found.get(cls.base_config_key)
-        # Of a model around this encoder transformers takes the encoder's part.
-        if not isinstance(part, dict) or part.get("model_type") != cls.model_type:
-            refuse_whole_model(pretrained_model_name_or_path, found)
-        return found, kwargs
+        """Read the file, as transformers does, and refuse a whole model's, and what is no object."""
+        read = super().get_config_dict
+        if not IN_PACKAGE:
+            return read(pretrained_model_name_or_path, **kwargs)
+        return _at_home().read_config_dict(read, pretrained_model_name_or_path, **kwargs)
 
     @property
     def concat_size(self) -> int:
@@ -336,14 +307,13 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
         return super().to_dict() | {"hidden_size": self.hidden_size}
 
 
-def refuse_whole_model(source: str | os.PathLike, config_dict: dict[str, Any]) -> None:
-    """Raise a ValueError if it is a whole model's checkpoint that stands where an encoder's was asked for."""
-    model_type = config_dict.get("model_type")
-    if DeepSeekOCRVisionConfig.base_config_key in config_dict and model_type != DeepSeekOCRVisionConfig.model_type:
-        raise ValueError(
-            f"{source} is a whole checkpoint (model_type {model_type!r}): to get the encoder out of it, use "
-            "`DeepSeekOCRVisionModel.from_deepseek_ocr`, or `deepseek-ocr-vision extract`."
-        )
+def _at_home() -> Any:
+    """What of the configuration stays in the package."""
+    try:
+        from deepseek_ocr_vision.configuration import at_home
+    except ImportError as error:
+        raise ImportError(NEEDS_PACKAGE) from error
+    return at_home
 
 
 def _as_config(field: str, value: Any, config_class: type[PreTrainedConfig]) -> Any:

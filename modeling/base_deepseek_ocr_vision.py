@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 
 from .attention_deepseek_ocr_vision import at_least_float32, is_recording
 
@@ -128,6 +129,21 @@ def floating_dtype(module: nn.Module, *, default: torch.dtype) -> torch.dtype:
         if parameter.is_floating_point():
             return parameter.dtype
     return default
+
+
+class FeedForward(nn.Module):
+    """The feed-forward half of a layer, whose two linear layers have the names of the released checkpoint."""
+
+    def __init__(self, width: int, hidden_width: int, *, activation: str, names: tuple[str, str]):
+        super().__init__()
+        self.names = names
+        self.add_module(names[0], nn.Linear(width, hidden_width))
+        self.act = ACT2FN[activation]
+        self.add_module(names[1], nn.Linear(hidden_width, width))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [..., C] -> [..., C]
+        expand, contract = (self.get_submodule(name) for name in self.names)
+        return feed_forward(hidden_states, expand, self.act, contract)
 
 
 def feed_forward(

@@ -6,7 +6,6 @@ channels.
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -14,8 +13,8 @@ from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionC
 from .attention_deepseek_ocr_vision import ClipAttention
 from .base_deepseek_ocr_vision import (
     DeepSeekOCRVisionPreTrainedModel,
+    FeedForward,
     checkpointable,
-    feed_forward,
     keep_rng_state,
     resize_positions,
 )
@@ -48,19 +47,6 @@ class ClipEmbeddings(nn.Module):
         return torch.cat([class_token, tokens], dim=1)
 
 
-class ClipMLP(nn.Module):
-    """The feed-forward half of a layer."""
-
-    def __init__(self, config: DeepSeekOCRVisionClipConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, N, C] -> [B, N, C]
-        return feed_forward(hidden_states, self.fc1, self.act, self.fc2)
-
-
 class ClipLayer(GradientCheckpointingLayer):
     """A pre-norm transformer layer; returns its attention's weights as well, if they were made."""
 
@@ -69,7 +55,8 @@ class ClipLayer(GradientCheckpointingLayer):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = ClipAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = ClipMLP(config)
+        width, names = config.intermediate_size, ("fc1", "fc2")
+        self.mlp = FeedForward(config.hidden_size, width, activation=config.hidden_act, names=names)
 
     def forward(  # [B, N, C] -> [B, N, C], [B, A, N, N]
         self, hidden_states: torch.Tensor, *, output_attentions: bool = False

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..configuration.checks_deepseek_ocr_vision import require_integer
+from ..configuration.checks_deepseek_ocr_vision import require_integer, require_whole_tokens
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
 from ..configuration.presets_deepseek_ocr_vision import ModeName
 from .base_deepseek_ocr_vision import LayerGroups, floating_dtype, input_device, keep_rng_state
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from .attention_deepseek_ocr_vision import attention_function  # noqa: F401
 
 
+# What the model reads of what an image processor gives.
 INPUTS = ("pixel_values", "pixel_values_local", "num_local_patches", "patches_grid")
-"""What the model reads of what an image processor gives."""
 
 
 class Projector(nn.Module):
@@ -186,17 +187,11 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
         if not pixel_values.is_floating_point():
             allowed = "normalised floating-point numbers, as the image processor makes them"
             raise TypeError(f"`{name}` has to hold {allowed}, got {pixel_values.dtype}.")
-        token_size, shape = self.config.patch_size, ["batch", self.config.num_channels, "height", "width"]
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            allowed = f"[{', '.join(map(str, shape))}]"
+            allowed = f"[batch, {self.config.num_channels}, height, width]"
             raise ValueError(f"`{name}` has to be of shape {allowed}, got {list(pixel_values.shape)}.")
         height, width = pixel_values.shape[-2:]
-        if height % token_size or width % token_size or not height or not width:
-            nearest = [max(token_size, round(side / token_size) * token_size) for side in (height, width)]
-            raise ValueError(
-                f"`{name}` is {height} x {width} pixels; height and width have to be positive multiples of "
-                f"{token_size}. The nearest valid size is {nearest[0]} x {nearest[1]}."
-            )
+        require_whole_tokens(f"`{name}`", height, width, token_size=self.config.patch_size)
 
     def encode(
         self, images: Any, *, image_processor: Any = None, mode: ModeName | None = None, batch_size: int = 1
@@ -231,8 +226,8 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
                 except (OSError, TypeError, ValueError) as error:
                     _count_from_start(error, start)
                     raise
-                inputs = {name: _moved(features[name], input_device(self)) for name in INPUTS if name in features}
-                outputs = self(**inputs, return_dict=True)
+                inputs = BatchFeature({name: features[name] for name in INPUTS if name in features})
+                outputs = self(**inputs.to(input_device(self)), return_dict=True)
                 rows, mask = outputs.last_hidden_state, outputs.attention_mask
                 tokens.extend(rows if mask is None else [row[own] for row, own in zip(rows, mask, strict=True)])
         return tokens
@@ -265,10 +260,6 @@ def _switch(value: Any, *, default: Any) -> bool:
     """An optional switch as a bool. Composites pass a layer's index, and index 0 means yes, so no test for truth."""
     value = default if value is None else value
     return value is not None and value is not False
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _count_from_start(error: Exception, start: int) -> None:

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionSamConfig
 from .attention_deepseek_ocr_vision import SamAttention
 from .base_deepseek_ocr_vision import (
     DeepSeekOCRVisionPreTrainedModel,
+    FeedForward,
     checkpointable,
-    feed_forward,
     keep_rng_state,
     resize_positions,
 )
@@ -34,19 +33,6 @@ class SamPatchEmbed(nn.Module):
         return self.proj(pixel_values).permute(0, 2, 3, 1).contiguous()
 
 
-class SamMLP(nn.Module):
-    """The feed-forward half of a block."""
-
-    def __init__(self, config: DeepSeekOCRVisionSamConfig):
-        super().__init__()
-        self.lin1 = nn.Linear(config.hidden_size, config.mlp_dim)
-        self.act = ACT2FN[config.hidden_act]
-        self.lin2 = nn.Linear(config.mlp_dim, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, H, W, C] -> [B, H, W, C]
-        return feed_forward(hidden_states, self.lin1, self.act, self.lin2)
-
-
 class SamBlock(GradientCheckpointingLayer):
     """A pre-norm transformer block that attends in windows or, if its index says so, to the whole grid."""
 
@@ -57,7 +43,8 @@ class SamBlock(GradientCheckpointingLayer):
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = SamAttention(config, table_size=table_size, window_size=0 if is_global else config.window_size)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = SamMLP(config)
+        names = ("lin1", "lin2")
+        self.mlp = FeedForward(config.hidden_size, config.mlp_dim, activation=config.hidden_act, names=names)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, H, W, C] -> [B, H, W, C]
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states))

@@ -16,7 +16,13 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from ..configuration.checks_deepseek_ocr_vision import require_choice, require_flag, require_integer, require_number
+from ..configuration.checks_deepseek_ocr_vision import (
+    require_choice,
+    require_flag,
+    require_integer,
+    require_number,
+    require_whole_tokens,
+)
 from ..configuration.configuration_deepseek_ocr_vision import FEATURE_MODES, FeatureMode
 from ..configuration.presets_deepseek_ocr_vision import MODES, PRESETS, ModeName, require_mode, require_preset
 from ..saving.saving_deepseek_ocr_vision import NEEDS_PACKAGE, AtomicSavingMixin
@@ -50,17 +56,11 @@ TENSOR_TYPES = ("pt", "np")
 CHANNEL_ORDERS = ("channels_first", "channels_last")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
-TOKEN_SIZE = 64
-"""Side in pixels of the square that one token stands for."""
-MIN_TILES = 2
-"""An image that is cut at all is cut into at least so many."""
-MAX_PATCHES = 6
-"""Tiles at the most unless `max_patches` says otherwise, as DeepSeek's own server for the released model has it."""
-PAGE_SIZE = 1024
-"""Side in pixels of a page unless `size` says otherwise; what the released weights were trained at."""
-MARGIN = (127, 127, 127)
-"""Colour around a page that keeps its aspect ratio, as in the released code."""
-
+TOKEN_SIZE = 64  # side in pixels of the square that one token stands for
+PAGE_SIZE = 1024  # side in pixels of a page unless `size` says otherwise; what the released weights were trained at
+MIN_TILES = 2  # an image that is cut at all is cut into at least so many
+MAX_PATCHES = 6  # tiles at the most unless `max_patches` says otherwise, as DeepSeek's own server has it
+MARGIN = (127, 127, 127)  # colour around a page that keeps its aspect ratio, as in the released code
 _TORCHVISION_MODES = {
     Image.Resampling.NEAREST: "nearest-exact",
     Image.Resampling.BILINEAR: "bilinear",
@@ -107,8 +107,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
     - other modes as by Pillow's `convert("RGB")`; where an image is transparent, white paper shows through;
     - 16-bit grey (Pillow's `I;16`, and `I` with values over 255) and uint16 arrays from [0, 65535]; other integers
       have to be in [0, 255]; floats in [0, 1], or in [0, 255] with some value of at least 2;
-    - turned as the EXIF orientation says, which is all that is read of EXIF; of a file with several frames the first;
-    - over `PIL.Image.MAX_IMAGE_PIXELS` (89 megapixels) Pillow warns when it opens a file, over twice that is an error.
+    - turned as the EXIF orientation says; of a file with several frames the first.
 
     With a `tile_size`, as in the mode Gundam, there are besides, under the names of transformers' Unlimited-OCR:
     `pixel_values_local` [T, 3, tile_size, tile_size], the tiles of all images, T = 0 if none was cut;
@@ -147,8 +146,8 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
 
     Raises:
         TypeError: An unknown argument, or a value or an image of a wrong type.
-        ValueError: A value that is not allowed, or an image that cannot be read; the message names the argument, or
-            the image's place in the batch.
+        ValueError: A value that is not allowed, or an image that cannot be read, as with more than twice
+            `PIL.Image.MAX_IMAGE_PIXELS` (89 million); the message names the argument or the place in the batch.
         OSError: A file that is missing, broken, no image or of another format; the message names the path.
     """
 
@@ -257,7 +256,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         height = require_integer("height", height, at_least=1)
         width = require_integer("width", width, at_least=1)
         if not self.do_resize:
-            _require_token_multiple("height, width", height, width)
+            require_whole_tokens("height, width", height, width, token_size=TOKEN_SIZE)
         views = [tuple(_page_size(self.size).values()) if self.do_resize else (height, width)]
         columns, rows = self._grid(height, width)
         if self.tile_size is not None and columns * rows > 1:
@@ -343,7 +342,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         options = {"do_convert_rgb": self.do_convert_rgb, "keeps_tensor": keeps_tensor}
         read, scale = read_image(image, name, input_data_format=input_data_format, **options)
         if not self.do_resize:
-            _require_token_multiple(name, *_height_width(read))
+            require_whole_tokens(name, *_height_width(read), token_size=TOKEN_SIZE)
         if keeps_tensor:
             read = _as_tensor(read).to(device or getattr(image, "device", None))
         grid = self._grid(*_height_width(read))
@@ -470,7 +469,7 @@ def _page_size(size: Any) -> dict[str, int]:
         allowed = "an integer, {'height': integer, 'width': integer} or (height, width)"
         raise ValueError(f"`size` is {size!r}; it has to be {allowed}, in multiples of {TOKEN_SIZE} pixels.")
     height, width = (require_integer(f"size['{name}']", sides[name]) for name in ("height", "width"))
-    _require_token_multiple("size", height, width)
+    require_whole_tokens("size", height, width, token_size=TOKEN_SIZE)
     return {"height": height, "width": width}
 
 
@@ -495,17 +494,8 @@ def _tile_side(tile_size: Any) -> int | None:
     if tile_size is None:
         return None
     tile_size = require_integer("tile_size", tile_size)
-    _require_token_multiple("tile_size", tile_size, tile_size)
+    require_whole_tokens("tile_size", tile_size, tile_size, token_size=TOKEN_SIZE)
     return tile_size
-
-
-def _require_token_multiple(name: str, height: int, width: int) -> None:
-    nearest = [max(1, round(side / TOKEN_SIZE)) * TOKEN_SIZE for side in (height, width)]
-    if nearest != [height, width]:
-        raise ValueError(
-            f"{name}: {height} x {width} pixels (height x width); both have to be multiples of {TOKEN_SIZE}, the "
-            f"pixels a token. The nearest size is {nearest[0]} x {nearest[1]}."
-        )
 
 
 # Tiles

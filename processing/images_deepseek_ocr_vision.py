@@ -13,10 +13,9 @@ import torch
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 
-PAPER = (255, 255, 255)
-"""What shows through where an image is transparent: white, as paper is."""
+PAPER = (255, 255, 255)  # what shows through where an image is transparent
+# The formats that are read, by Pillow's names. Of EPS, Pillow would have another program read it.
 IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "HEIF", "TGA")
-"""The formats that are read, by Pillow's names. Of EPS, Pillow would have another program read it."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", flags=re.IGNORECASE)
 _STRIP_PIXELS = 1 << 20

@@ -20,7 +20,7 @@ from transformers.utils import (
     is_peft_available,
 )
 
-from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import refuse_whole_model
+from deepseek_ocr_vision.configuration.at_home import refuse_whole_model
 from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import check_loading_info
 
 from .checkpoints import LocalCheckpoint, open_weights, read_index, require_name
