@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 class DeepSeekOCRVisionOutput(BaseModelOutputWithPooling):
     """What the encoder gives: transformers' output of a vision encoder, and with tiles three fields more.
 
-    Args:
+    Attributes:
         last_hidden_state: [B, N, config.hidden_size], row-major over the page's grid of tokens; with tiles, row-major
             over the grid of the image's tiles first, and padded with zeros at the end.
         pooler_output: [B, config.hidden_size], the mean of an image's tokens.
