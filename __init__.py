@@ -1,7 +1,7 @@
 """The DeepSeek-OCR vision encoder as an ordinary, trainable Hugging Face model.
 
 Importing the package registers its classes with transformers' `AutoConfig`, `AutoModel`, `AutoImageProcessor` and
-`AutoProcessor`, and the whole DeepSeek-OCR with `AutoModelForImageTextToText`. Pictures of what an encoder sees are in
+`AutoProcessor`, and the whole DeepSeek-OCR with `AutoModelForImageTextToText`. Images of what an encoder sees are in
 `deepseek_ocr_vision.visualize`.
 """
 

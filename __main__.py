@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import 
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
 from deepseek_ocr_vision.encoding import encode_pages
 from deepseek_ocr_vision.encoding.sources import close_documents, find_pages, page_of
-from deepseek_ocr_vision.encoding.threads import fit_threads
+from deepseek_ocr_vision.modeling.threads import fit_threads
 from deepseek_ocr_vision.saving.checksums import write_checksums
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import require_image_suffix, save_image
@@ -167,12 +167,17 @@ def _write_progress(progress: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _shard(text: str) -> tuple[int, int]:
-    try:
-        number, num_shards = map(int, text.split("/"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 0/8") from error
-    return number, num_shards
+def _two_integers(separator: str, example: str) -> Callable[[str], tuple[int, int]]:
+    """What argparse reads two integers by, of the form of an example."""
+
+    def two_integers(text: str) -> tuple[int, int]:
+        try:
+            first, second = map(int, text.split(separator))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {example}") from error
+        return first, second
+
+    return two_integers
 
 
 def _sheets(pages: Sequence[Path], out: str | None, number: int) -> list[Path]:
@@ -192,14 +197,6 @@ def _sheets(pages: Sequence[Path], out: str | None, number: int) -> list[Path]:
                 f"Two pages have one name; they would be written to {target} twice. Show them one by one."
             )
     return targets
-
-
-def _token(text: str) -> tuple[int, int]:
-    try:
-        row, column = map(int, text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COL, such as 3,5") from error
-    return row, column
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -308,7 +305,7 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--token",
-        type=_token,
+        type=_two_integers(",", "ROW,COL, such as 3,5"),
         metavar="ROW,COL",
         help="which token, from 0,0 at the top left (default: the one with the most on its square)",
     )
@@ -356,7 +353,7 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--pages-per-file", type=int, default=128, help="pages of a part (default: %(default)s)")
     parser.add_argument(
         "--shard",
-        type=_shard,
+        type=_two_integers("/", "I/N, such as 0/8"),
         default=(0, 1),
         metavar="I/N",
         help="encode the I-th of N shares of the pages, from 0, as one of several commands that share them",

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor
 
 
 def encode(folder: str, pages: list[str]) -> torch.Tensor:
-    """Encode pictures one by one; give the tokens [B, N, C]."""
+    """Encode images one by one; give the tokens [B, N, C]."""
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     with torch.no_grad():
@@ -29,7 +29,7 @@ def main() -> None:
     """Print, as one line of JSON, the tokens' shape and how far they are from the reference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("encoder", help="Folder with the encoder.")
-    parser.add_argument("pages", nargs="*", help="Pictures to encode.")
+    parser.add_argument("pages", nargs="*", help="Images to encode.")
     parser.add_argument("--reference", type=Path, help="Folder with 0.png, 1.png, ... and tokens.safetensors.")
     arguments = parser.parse_args()
     if not arguments.reference:

@@ -1,4 +1,4 @@
-"""Optical memory: a language model gets a text as pictures of pages instead of tokens, and reads it from them.
+"""Optical memory: a language model gets a text as images of pages instead of tokens, and reads it from them.
 
     python examples/optical_memory.py      # topics of Python's own documentation, a small encoder, a small Llama
     python examples/optical_memory.py --help

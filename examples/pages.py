@@ -33,12 +33,12 @@ class Scans:
     """Scanned digits.
 
     Attributes:
-        pictures: S grey pictures of 8 x 8 pixels, black ink on white paper.
+        images: S grey images of 8 x 8 pixels, black ink on white paper.
         digits: What each shows, 0 to 9.
         indexes: Which of `load_digits` each is.
     """
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     digits: list[int]
     indexes: list[int]
 
@@ -112,8 +112,8 @@ class HandwrittenPages(Dataset):
         for (row, column), scan in digits:
             side = int(rng.choice(SCAN_SIDES))
             left, top = rng.integers(0, CELL_SIDE - side + 1, size=2).tolist()
-            picture = self.scans.pictures[scan].resize((side, side), Image.Resampling.BICUBIC)
-            page.paste(picture, (CELL_SIDE * column + left, CELL_SIDE * row + top))
+            image = self.scans.images[scan].resize((side, side), Image.Resampling.BICUBIC)
+            page.paste(image, (CELL_SIDE * column + left, CELL_SIDE * row + top))
         return page.convert("RGB")
 
 

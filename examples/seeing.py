@@ -76,7 +76,7 @@ class Collator:
     """Makes a batch of pages.
 
     Args:
-        image_processor: What prepares the pictures.
+        image_processor: What prepares the images.
     """
 
     def __init__(self, image_processor: DeepSeekOCRVisionImageProcessor):
@@ -133,13 +133,13 @@ def draw(reader: TokenReader, image_processor: DeepSeekOCRVisionImageProcessor, 
     save_in_256_colors(replace(gradient, token=token).picture(), folder / "next.png")
 
 
-def save_in_256_colors(picture: Image.Image, path: Path) -> None:
-    """Write a picture in half the bytes; it is dithered, so that no edges come where colours pass into each other."""
-    save_image(picture.quantize(palette=picture.quantize(), dither=Image.Dither.FLOYDSTEINBERG), path)
+def save_in_256_colors(image: Image.Image, path: Path) -> None:
+    """Write an image in half the bytes; it is dithered, so that no edges come where colours pass into each other."""
+    save_image(image.quantize(palette=image.quantize(), dither=Image.Dither.FLOYDSTEINBERG), path)
 
 
 def train(output_dir: Path, *, max_steps: int, page_size: int, seed: int) -> None:
-    """Train a reader, measure it on held-out pages, and leave encoder and pictures."""
+    """Train a reader, measure it on held-out pages, and leave encoder and images."""
     set_seed(seed)
     scans = split_scans(seed)
     numbers = zip(SPLITS, (NUM_TRAINING_PAGES, NUM_HELD_OUT_PAGES), strict=True)

@@ -1,7 +1,7 @@
 """Fixtures of all tests. Nothing is downloaded: the Hub is switched off before anything can ask for it.
 
 Tests, and the processes that they start, compute with one thread: their models are small (see
-`deepseek_ocr_vision.encoding.threads`). The full-size encoder takes a thread for each core, and if you set
+`deepseek_ocr_vision.modeling.threads`). The full-size encoder takes a thread for each core, and if you set
 `OMP_NUM_THREADS` yourself, all tests take as many.
 """
 

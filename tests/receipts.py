@@ -20,7 +20,7 @@ def text_of(index: int) -> str:
 
 
 def draw_receipt(text: str) -> Image.Image:
-    """A receipt as a picture."""
+    """A receipt as an image."""
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans Mono"), 18)
     image = Image.new("RGB", SIZE, "white")
     ImageDraw.Draw(image).multiline_text((8, 8), text, "black", font, spacing=8)

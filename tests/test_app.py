@@ -142,7 +142,7 @@ def test_a_large_page_is_drawn_smaller_and_read_as_it_is(encoder, tmp_path):
 
 def test_what_goes_wrong_is_told_in_words(encoder, tmp_path, image):
     """Pins a bare "Error", which is all that Gradio shows of other exceptions on a Space."""
-    (tmp_path / "page.png").write_bytes(b"no picture")
+    (tmp_path / "page.png").write_bytes(b"no image")
     (tmp_path / "huge.pgm").write_bytes(b"P5 20000 20000 255\n")
     cases = [
         (None, "There is no page yet"),

@@ -32,7 +32,7 @@ TEXT_TEMPLATE = (
     "{%- for message in messages %}{{ '<' + message['role'] + '>' + message['content'].strip() + eos_token }}"
     "{%- endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-PICTURE_TEMPLATE = (
+IMAGE_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{{ '<image>\\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
 )
@@ -45,7 +45,7 @@ def save_encoder(folder: Path, feature_mode: str = "residual") -> str:
 
 
 def save_language_model(folder: Path, *, template: str | None = None, tied: bool = False, config=None) -> str:
-    """A language model whose tokenizer knows no pictures yet, and that ends at another token than its config says."""
+    """A language model whose tokenizer knows no images yet, and that ends at another token than its config says."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer, eos_token="<eos>")
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -124,17 +124,17 @@ def test_weights_are_stored_as_asked(tmp_path, dtype, expected):
     [
         (None, "user: <image>What is this?\nassistant:"),
         (TEXT_TEMPLATE, "<user><image>What is this?<eos><assistant>"),
-        (PICTURE_TEMPLATE, "<image>\nWhat is this?"),
+        (IMAGE_TEMPLATE, "<image>\nWhat is this?"),
         ("{{ raise_exception('never') }}", "user: <image>What is this?\nassistant:"),
     ],
 )
-def test_the_language_models_chat_template_is_kept_and_made_to_hold_pictures(tmp_path, template, expected):
+def test_the_language_models_chat_template_is_kept_and_made_to_hold_images(tmp_path, template, expected):
     """Pins a language model that is asked in another form than it was trained in, or sees a Python list."""
     language_model = save_language_model(tmp_path / "language_model", template=template)
     build_processor(language_model=language_model).save_pretrained(tmp_path / "processor")
     processor = LlavaProcessor.from_pretrained(tmp_path / "processor")
     assert processor.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False) == expected
-    assert (processor.chat_template == template) == (template == PICTURE_TEMPLATE)
+    assert (processor.chat_template == template) == (template == IMAGE_TEMPLATE)
 
 
 def test_a_text_template_still_sees_every_turn_and_may_change_the_messages(tmp_path):

@@ -70,7 +70,7 @@ def test_a_frozen_tower_trains_the_projector_in_front_of_the_language_model():
     assert all(p.grad is not None and p.grad.any() for p in model.model.multi_modal_projector.parameters())
 
 
-def test_the_answer_depends_on_the_picture():
+def test_the_answer_depends_on_the_image():
     """Pins that tokens get into the language model's sequence at all."""
     model = tiny_llava().eval()
     batch = inputs(1)
@@ -155,15 +155,15 @@ def processor() -> LlavaProcessor:
 
 
 def samples() -> list[dict]:
-    """Samples with no, one and several pictures, of different lengths."""
+    """Samples with no, one and several images, of different lengths."""
     drawn = [[Image.new("RGB", (128, 128), (shade, 255 - shade, 9)) for shade in row["pages"]] for row in SAMPLES]
-    return [row | {"images": pictures} for row, pictures in zip(SAMPLES, drawn, strict=True)]
+    return [row | {"images": images} for row, images in zip(SAMPLES, drawn, strict=True)]
 
 
 @pytest.mark.parametrize("feature_mode", FEATURE_MODES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_of_mixed_samples_gives_each_what_it_gives_alone(processor, feature_mode, side):
-    """Pins pictures read by another sample's placeholders, and padding that tokens attend to, on either side."""
+    """Pins images read by another sample's placeholders, and padding that tokens attend to, on either side."""
     model = tiny_llava(feature_mode, vocab_size=300, image_token_index=processor.image_token_id).eval()
     batch = ImageTextCollator(processor, padding_side=side)(samples())
     with torch.no_grad():
@@ -179,8 +179,8 @@ def test_generating_for_mixed_samples_writes_what_each_gets_alone(processor):
     """Pins a processor that pads on the right, where `generate` goes on after padding."""
     model = tiny_llava(vocab_size=300, image_token_index=processor.image_token_id).eval()
     rows = samples()
-    pictures = [picture for row in rows for picture in row["images"]]
-    batch = processor(images=pictures, text=[row["prompt"] for row in rows], padding=True, return_tensors="pt")
+    images = [image for row in rows for image in row["images"]]
+    batch = processor(images=images, text=[row["prompt"] for row in rows], padding=True, return_tensors="pt")
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
     together = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
     for row, written in zip(rows, together, strict=True):
@@ -206,7 +206,7 @@ def test_llava_reads_from_several_layers_in_residual_mode_alone(feature_mode):
 @pytest.mark.parametrize("feature_mode", FEATURE_MODES)
 @pytest.mark.parametrize("kind", ["LlavaNext", "LlavaOnevision"])
 def test_composites_that_cut_a_page_into_tiles_take_the_tower(kind, feature_mode, tmp_path):
-    """Pins tiles of the tower's own page size, with a line's end after each row, and batches without pictures."""
+    """Pins tiles of the tower's own page size, with a line's end after each row, and batches without images."""
     model, processor = tiny_tiling_llava(kind, feature_mode), tiling_processor()
     wide = Image.new("RGB", (300, 120), (9, 99, 200))
     collator = ImageTextCollator(processor)
@@ -214,7 +214,7 @@ def test_composites_that_cut_a_page_into_tiles_take_the_tower(kind, feature_mode
     assert batch["pixel_values"].shape == (1, 3, 3, 128, 128)  # the whole page and two tiles
     model(**batch).loss.backward()
     assert without_gradient(model.model.vision_tower) == []
-    assert model(**collator([{"text": "no picture"}])).loss.isfinite()
+    assert model(**collator([{"text": "no image"}])).loss.isfinite()
     model.eval().save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)

@@ -44,8 +44,8 @@ def jobs(folder: Path, starts: dict[str, str], *, num_processes: int) -> dict[st
     for name in SUBJECTS:
         model = "classifier" if name == "classifier" else "llava"
         made[name] = Job(str(folder / name), model, arguments | {"bf16": name == "bfloat16"}, start_from=starts[model])
-        # Under this name half of the samples have no picture, and so half of the batches of one sample.
-        made[name].pictures = name != "llava"
+        # Under this name half of the samples have no image, and so half of the batches of one sample.
+        made[name].images = name != "llava"
     for name in ("checkpointing", "reentrant checkpointing"):
         kwargs = {"use_reentrant": name == "reentrant checkpointing"}
         made[name].arguments |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
@@ -125,9 +125,9 @@ def test_two_processes_train_as_one_does(name, alone, ddp):
     assert_same_training(ddp[name], alone[name], tolerance_of(name))
 
 
-def test_each_process_had_batches_with_and_without_pictures(ddp):
+def test_each_process_had_batches_with_and_without_images(ddp):
     """Pins the test above passing because the batches that it is about never came up."""
-    first, second = result_of(ddp["llava"])["had_picture"]
+    first, second = result_of(ddp["llava"])["had_image"]
     assert {(True, False), (False, True)} & set(zip(first, second, strict=True))
     assert (False, False) in set(zip(first, second, strict=True))
 

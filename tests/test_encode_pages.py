@@ -1,7 +1,6 @@
 """Pages at scale: the right tokens, whatever they are read from, none twice and none lost, after any interruption."""
 
 import hashlib
-import io
 import json
 import os
 import resource
@@ -11,58 +10,33 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from encoding_helpers import IMAGE_PROCESSOR, encode, errors, image, png, write_pdf
 from helpers import ROOT, tiny_config
 from PIL import Image
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 from deepseek_ocr_vision.__main__ import main
-from deepseek_ocr_vision.encoding import Summary, encode_pages, load_pages
+from deepseek_ocr_vision.encoding import load_pages
 from deepseek_ocr_vision.encoding.table import TokenTable
 
 
 datasets = pytest.importorskip("datasets")
 pypdfium2 = pytest.importorskip("pypdfium2")
 
-IMAGE_PROCESSOR = DeepSeekOCRVisionImageProcessor(size=128)
-
-
-def picture(seed: int, height: int = 90, width: int = 70) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(seed).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_pdf(path: Path, *seeds: int) -> Path:
-    first, *others = map(picture, seeds)
-    first.save(path, save_all=True, append_images=others)
-    return path
-
 
 @pytest.fixture
 def scans(tmp_path) -> Path:
-    """A folder of seven pages: three images, one of them further inside, a PDF of three, and another picture."""
+    """A folder of seven pages: three images, one of them further inside, a PDF of three, and another image."""
     folder = tmp_path / "scans"
     (folder / "inside").mkdir(parents=True)
     for seed, name in enumerate(["0.png", "1.png", "inside/2.png", "z.png"]):
         (folder / name).write_bytes(png(seed))
     write_pdf(folder / "book.pdf", 10, 11, 12)
     (folder / "notes.txt").write_text("no page")
-    (folder / "._0.png").write_text("what another system leaves beside a picture")
+    (folder / "._0.png").write_text("what another system leaves beside an image")
     return folder
-
-
-def encode(inputs: Path | list, model: DeepSeekOCRVisionModel, out: Path, **options) -> Summary:
-    options = {"image_processor": IMAGE_PROCESSOR, "pages_per_file": 2, "show_progress": False} | options
-    inputs = inputs if isinstance(inputs, list) else [inputs]
-    return encode_pages(inputs, model, options.pop("image_processor"), out=out, **options)
 
 
 def places(out: Path, root: Path) -> list[tuple[str, int]]:
@@ -84,14 +58,6 @@ def assert_same_tokens(actual: Path, expected: Path) -> None:
     assert all(torch.equal(actual[page], expected[page]) for page in expected)
 
 
-def errors(out: Path) -> dict[str, str]:
-    """What `errors.jsonl` says, by the source's own name."""
-    if not (out / "errors.jsonl").exists():
-        return {}
-    lines = map(json.loads, (out / "errors.jsonl").read_text().splitlines())
-    return {Path(line["source"]).name: line["error"] for line in lines}
-
-
 SEVEN = [("0.png", 0), ("1.png", 0), *(("book.pdf", page) for page in range(3)), ("inside/2.png", 0), ("z.png", 0)]
 
 
@@ -108,8 +74,8 @@ def test_a_folder_becomes_the_models_own_tokens_bit_for_bit(tiny_model, scans, t
     with closing(pypdfium2.PdfDocument(scans / "book.pdf")) as book:
         drawn = [page.render(scale=2).to_pil() for page in book]
     assert drawn[0].size == (140, 180)
-    pictures = [picture(0), picture(1), *drawn, picture(2), picture(3)]
-    expected = tiny_model.encode(pictures, image_processor=IMAGE_PROCESSOR)
+    images = [image(0), image(1), *drawn, image(2), image(3)]
+    expected = tiny_model.encode(images, image_processor=IMAGE_PROCESSOR)
     actual = tokens_by_page(tmp_path / "out")
     for place, tokens in zip(SEVEN, expected, strict=True):
         stored = actual[str(scans / place[0]), place[1]]
@@ -141,15 +107,15 @@ def test_pages_in_tiles_share_batches_and_keep_their_own_tokens(tmp_path, featur
     """Pins padding, which is no token, and grids of pages that are cut and of such that are not."""
     model = DeepSeekOCRVisionModel(tiny_config(feature_mode=feature_mode))
     gundam = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="gundam")
-    pictures = [picture(0, 300, 300), picture(1, 1300, 700), picture(2, 300, 300)]
-    for index, each in enumerate(pictures):
+    images = [image(0, 300, 300), image(1, 1300, 700), image(2, 300, 300)]
+    for index, each in enumerate(images):
         each.save(tmp_path / f"{index}.png")
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     encode(paths, model, tmp_path / "out", image_processor=gundam, batch_size=2, pages_per_file=3)
     pages = load_pages(tmp_path / "out")
     assert pages["patches_grid"][:] == [[1, 1], [1, 2], [1, 1]]
     assert pages["grid"][:] == [[16, 16]] * 3
-    for row, expected in zip(pages, model.encode(pictures, image_processor=gundam), strict=True):
+    for row, expected in zip(pages, model.encode(images, image_processor=gundam), strict=True):
         torch.testing.assert_close(row["tokens"], expected, rtol=0, atol=1e-4)
 
 
@@ -162,20 +128,20 @@ def test_workers_and_batches_change_nothing(tiny_model, scans, tmp_path):
     assert 0 < summary.busy < 1
 
 
-def test_datasets_of_pictures_and_of_paths(tiny_model, scans, tmp_path):
-    """Pins columns of either kind, splits, and rows without a picture, which are named."""
+def test_datasets_of_images_and_of_paths(tiny_model, scans, tmp_path):
+    """Pins columns of either kind, splits, and rows without an image, which are named."""
     column = datasets.Features(image=datasets.Image())
     cells = [{"bytes": png(0), "path": None}, None, {"bytes": None, "path": str(scans / "1.png")}]
-    pictures = datasets.Dataset.from_dict({"image": cells}, column)
+    images = datasets.Dataset.from_dict({"image": cells}, column)
     paths = datasets.Dataset.from_dict({"file": [str(scans / "1.png"), str(scans / "0.png")]})
-    pictures.save_to_disk(tmp_path / "pictures")
+    images.save_to_disk(tmp_path / "images")
     datasets.DatasetDict(test=paths).save_to_disk(tmp_path / "paths")
-    summary = encode(tmp_path / "pictures", tiny_model, tmp_path / "out")
+    summary = encode(tmp_path / "images", tiny_model, tmp_path / "out")
     assert [(each.page, each.error) for each in summary.problems] == [(1, "ValueError: the row has no image.")]
     encode(tmp_path / "paths", tiny_model, tmp_path / "other", split="test", image_column="file")
     actual = tokens_by_page(tmp_path / "out") | tokens_by_page(tmp_path / "other")
-    first, second = tiny_model.encode([picture(0), picture(1)], image_processor=IMAGE_PROCESSOR)
-    expected = {("pictures", 0): first, ("pictures", 2): second, ("paths", 0): second, ("paths", 1): first}
+    first, second = tiny_model.encode([image(0), image(1)], image_processor=IMAGE_PROCESSOR)
+    expected = {("images", 0): first, ("images", 2): second, ("paths", 0): second, ("paths", 1): first}
     assert actual.keys() == {(str(tmp_path / name), row) for name, row in expected}
     assert all(torch.equal(actual[str(tmp_path / name), row], expected[name, row]) for name, row in expected)
     assert encode(tmp_path / "paths", tiny_model, tmp_path / "out", split="test", image_column="file").num_new == 0
@@ -340,7 +306,7 @@ def test_a_page_goes_by_its_content(tiny_model, scans, tmp_path):
     assert (summary.num_pages, summary.num_new, counted) == (8, 0, [])
     (tmp_path / "moved" / "1.png").write_bytes(png(7))
     assert encode(tmp_path / "moved", tiny_model, tmp_path / "out").num_new == 1
-    (expected,) = tiny_model.encode([picture(7)], image_processor=IMAGE_PROCESSOR)
+    (expected,) = tiny_model.encode([image(7)], image_processor=IMAGE_PROCESSOR)
     assert torch.equal(TokenTable(tmp_path / "out").read(hashlib.sha256(png(7)).hexdigest()), expected)
 
 

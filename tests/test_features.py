@@ -1,4 +1,4 @@
-"""Stored features: computed once, right, whole after any interruption, and as good to train on as pictures."""
+"""Stored features: computed once, right, whole after any interruption, and as good to train on as images."""
 
 import copy
 import fcntl
@@ -32,19 +32,19 @@ datasets = pytest.importorskip("datasets")
 IMAGE_PROCESSOR = DeepSeekOCRVisionImageProcessor(size=128)
 
 
-def picture(seed: int, height: int = 90, width: int = 70) -> Image.Image:
+def image(seed: int, height: int = 90, width: int = 70) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def file(seed: int) -> bytes:
     buffer = io.BytesIO()
-    picture(seed).save(buffer, "PNG")
+    image(seed).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def pages(*seeds: int) -> datasets.Dataset:
-    """A dataset with a picture a row."""
+    """A dataset with an image a row."""
     rows = {"image": [{"bytes": file(seed), "path": None} for seed in seeds], "number": list(seeds)}
     return datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image(), number=datasets.Value("int64")))
 
@@ -55,7 +55,7 @@ def compute(dataset: datasets.Dataset, model: nn.Module, cache_dir: Path, **opti
 
 
 class Counted:
-    """Counts the pictures that an encoder encodes, less those that are blank."""
+    """Counts the images that an encoder encodes, less those that are blank."""
 
     def __init__(self, model: DeepSeekOCRVisionModel):
         self.number = 0
@@ -92,7 +92,7 @@ def test_features_are_the_models_tokens_bit_for_bit(tiny_model, tmp_path, dtype,
     """Pins bfloat16, which Parquet does not have, and casts on the way through `datasets`, which likes float32."""
     tiny_model.to(dtype)
     features = compute(pages(0, 1, 2), tiny_model, tmp_path, dtype=stored_as)["features"]
-    expected = tiny_model.encode([picture(seed) for seed in range(3)], image_processor=IMAGE_PROCESSOR)
+    expected = tiny_model.encode([image(seed) for seed in range(3)], image_processor=IMAGE_PROCESSOR)
     assert [tokens.dtype for tokens in features] == [stored_as or dtype] * 3
     assert all(torch.equal(a, b.to(stored_as or dtype)) for a, b in zip(features, expected, strict=True))
 
@@ -109,22 +109,22 @@ def test_a_row_has_its_own_columns_and_its_tokens(tiny_model, tmp_path):
         assert torch.equal(row["features"], expected[row["number"]])
 
 
-def test_lists_of_pictures_give_lists_of_tokens(tiny_model, tmp_path):
-    """Pins rows with several pictures, with none, and with the same one twice."""
+def test_lists_of_images_give_lists_of_tokens(tiny_model, tmp_path):
+    """Pins rows with several images, with none, and with the same one twice."""
     cells = [[file(0), file(1)], [], None, [file(1), file(0), file(1)]]
-    as_pictures = [None if cell is None else [{"bytes": each, "path": None} for each in cell] for cell in cells]
+    as_images = [None if cell is None else [{"bytes": each, "path": None} for each in cell] for cell in cells]
     columns = datasets.Features(image=datasets.List(datasets.Image()))
     counted = Counted(tiny_model)
-    result = compute(datasets.Dataset.from_dict({"image": as_pictures}, columns), tiny_model, tmp_path)
+    result = compute(datasets.Dataset.from_dict({"image": as_images}, columns), tiny_model, tmp_path)
     assert counted.since_asked() == 2
-    first, second = tiny_model.encode([picture(0), picture(1)], image_processor=IMAGE_PROCESSOR)
+    first, second = tiny_model.encode([image(0), image(1)], image_processor=IMAGE_PROCESSOR)
     expected = [[first, second], [], [], [second, first, second]]
     for row, tokens in zip(result["features"], expected, strict=True):
         assert len(row) == len(tokens)
         assert all(map(torch.equal, row, tokens))
 
 
-def test_a_row_without_a_picture_has_no_features(tiny_model, tmp_path):
+def test_a_row_without_an_image_has_no_features(tiny_model, tmp_path):
     """Pins `None`, as tables have it where rows differ."""
     columns = datasets.Features(image=datasets.Image())
     dataset = datasets.Dataset.from_dict({"image": [None, {"bytes": file(0), "path": None}]}, columns)
@@ -134,13 +134,13 @@ def test_a_row_without_a_picture_has_no_features(tiny_model, tmp_path):
 
 
 def test_pages_of_several_sizes_have_as_many_tokens_as_they_need(tiny_model, tmp_path):
-    """Pins batches, which hold pictures of one size only."""
+    """Pins batches, which hold images of one size only."""
     sizes = [(128, 128), (64, 192), (64, 192), (64, 64)]
-    pictures = [picture(seed, *size) for seed, size in enumerate(sizes)]
+    images = [image(seed, *size) for seed, size in enumerate(sizes)]
     as_they_are = DeepSeekOCRVisionImageProcessor(do_resize=False)
-    dataset = datasets.Dataset.from_dict({"image": pictures})
+    dataset = datasets.Dataset.from_dict({"image": images})
     features = compute(dataset, tiny_model, tmp_path, processor=as_they_are, batch_size=4, pages_per_file=4)
-    expected = tiny_model.encode(pictures, image_processor=as_they_are)
+    expected = tiny_model.encode(images, image_processor=as_they_are)
     for tokens, others in zip(features["features"], expected, strict=True):
         torch.testing.assert_close(tokens, others, rtol=0, atol=1e-5)
 
@@ -162,8 +162,8 @@ def test_paths_threads_and_processors_change_nothing(tiny_model, tmp_path):
 # What is computed again
 
 
-def test_a_picture_is_computed_once_and_a_changed_one_alone_again(tiny_model, tmp_path):
-    """Pins keys by content: neither rows, nor names, nor other datasets make a picture another one."""
+def test_an_image_is_computed_once_and_a_changed_one_alone_again(tiny_model, tmp_path):
+    """Pins keys by content: neither rows, nor names, nor other datasets make an image another one."""
     counted = Counted(tiny_model)
     compute(pages(0, 1, 2, 1, 0), tiny_model, tmp_path)
     assert counted.since_asked() == 3
@@ -171,12 +171,12 @@ def test_a_picture_is_computed_once_and_a_changed_one_alone_again(tiny_model, tm
     result = compute(pages(2, 7, 0, 1), tiny_model, tmp_path)
     assert counted.since_asked() == 1
     assert before.items() <= parts(tmp_path).items()
-    expected = tiny_model.encode([picture(seed) for seed in (2, 7, 0, 1)], image_processor=IMAGE_PROCESSOR)
+    expected = tiny_model.encode([image(seed) for seed in (2, 7, 0, 1)], image_processor=IMAGE_PROCESSOR)
     assert all(map(torch.equal, result["features"], expected))
 
 
 def test_a_change_of_weights_configuration_image_processor_or_dtype_computes_everything_again(tiny_model, tmp_path):
-    """Pins what a key holds beside the picture: any of these left out would give another encoder's tokens."""
+    """Pins what a key holds beside the image: any of these left out would give another encoder's tokens."""
     dataset = pages(0, 1)
     compute(dataset, tiny_model, tmp_path)
     trained = copy.deepcopy(tiny_model)
@@ -278,7 +278,7 @@ INTERRUPTED = """
 
 
 def test_killed_at_any_point_it_goes_on_and_two_processes_store_nothing_twice(tmp_path):
-    """Pins SIGKILL at every rename, sync of a file and picture. In the end there are the tokens of a run that was
+    """Pins SIGKILL at every rename, sync of a file and image. In the end there are the tokens of a run that was
     never killed, each once, nothing is left over, and no dead process holds a lock. So it is with two processes at
     the same time.
     """
@@ -345,21 +345,21 @@ def test_a_damaged_file_is_named(tiny_model, tmp_path):
 
 
 def broken_pages() -> datasets.Dataset:
-    cells = [{"bytes": data, "path": None} for data in (file(0), b"no picture", file(1)[:200], file(2))]
+    cells = [{"bytes": data, "path": None} for data in (file(0), b"no image", file(1)[:200], file(2))]
     cells.append({"bytes": None, "path": "/missing.png"})
     columns = datasets.Features(image=datasets.Image(), number=datasets.Value("int64"))
     return datasets.Dataset.from_dict({"image": cells, "number": range(5)}, columns)
 
 
 @pytest.mark.parametrize(("row", "words"), [(1, "cannot identify"), (2, "truncated"), (4, "No such file")])
-def test_a_bad_picture_is_an_error_with_its_row(tiny_model, tmp_path, row, words):
-    """Pins errors by which the picture is found again."""
+def test_a_bad_image_is_an_error_with_its_row(tiny_model, tmp_path, row, words):
+    """Pins errors by which the image is found again."""
     with pytest.raises(OSError, match=rf"Row 1, column 'image': .*{words}"):
         compute(broken_pages().select([0, row]), tiny_model, tmp_path)
 
 
 def test_a_file_that_changes_while_features_are_computed_is_an_error(tiny_model, tmp_path):
-    """Pins tokens stored under the key of another picture."""
+    """Pins tokens stored under the key of another image."""
     paths = [tmp_path / f"{row}.png" for row in range(3)]
     for seed, path in enumerate(paths):
         path.write_bytes(file(seed))
@@ -368,11 +368,11 @@ def test_a_file_that_changes_while_features_are_computed_is_an_error(tiny_model,
         compute(datasets.Dataset.from_dict({"image": [str(path) for path in paths]}), tiny_model, tmp_path / "cache")
 
 
-def test_bad_pictures_are_left_out_on_request_and_named(tiny_model, tmp_path, caplog):
+def test_bad_images_are_left_out_on_request_and_named(tiny_model, tmp_path, caplog):
     """Pins rows that move up: each keeps its own tokens."""
     result = compute(broken_pages(), tiny_model, tmp_path, on_bad_image="skip")
     assert result["number"][:] == [0, 3]
-    expected = tiny_model.encode([picture(0), picture(2)], image_processor=IMAGE_PROCESSOR)
+    expected = tiny_model.encode([image(0), image(2)], image_processor=IMAGE_PROCESSOR)
     assert all(map(torch.equal, result["features"], expected))
     assert "rows of 3 images" in caplog.text
     assert all(f"Row {row}, column 'image': " in caplog.text for row in (1, 2, 4))
@@ -393,7 +393,7 @@ WRONG = {
     "pages_per_file": (TypeError, {"pages_per_file": 1.5}),
     "num_workers": (ValueError, {"num_workers": -1}),
     "on_bad_image": (ValueError, {"on_bad_image": "ignore"}),
-    "image_column": (ValueError, {"image_column": "picture"}),
+    "image_column": (ValueError, {"image_column": "scan"}),
     "features_column": (ValueError, {"features_column": "number"}),
     "processor": (TypeError, {"processor": "deepseek-ocr"}),
     "model": (TypeError, {"model": nn.Linear(1, 1)}),
@@ -445,7 +445,7 @@ def processor() -> LlavaProcessor:
 
 
 def samples() -> datasets.Dataset:
-    """Rows with two pictures, one and none."""
+    """Rows with two images, one and none."""
     counts = [2, 1, 0, 0, 1, 2, 1, 0]
     images = [[{"bytes": file(10 * row + index), "path": None} for index in range(n)] for row, n in enumerate(counts)]
     texts = [f"a{'<image>b' * number}{'c' * row}" for row, number in enumerate(counts)]
@@ -473,10 +473,10 @@ def train(model: nn.Module, dataset: datasets.Dataset, collator: ImageTextCollat
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_losses_are_those_of_training_with_pictures_and_checkpoints_are_whole(llava, processor, tmp_path):
+def test_losses_are_those_of_training_with_images_and_checkpoints_are_whole(llava, processor, tmp_path):
     """Pins that nothing but the time of a step is different, and that what `Trainer` saves has the encoder in it."""
     other = copy.deepcopy(llava)
-    expected = train(other, samples(), ImageTextCollator(processor), tmp_path / "pictures")
+    expected = train(other, samples(), ImageTextCollator(processor), tmp_path / "images")
     stored = compute(samples(), llava.model.vision_tower, tmp_path, processor=processor, image_column="images")
     stored = stored.remove_columns("images")
     counted = Counted(llava.model.vision_tower)
@@ -492,20 +492,20 @@ def test_losses_are_those_of_training_with_pictures_and_checkpoints_are_whole(ll
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_composite_takes_pictures_and_features_alike(llava, processor, tmp_path, dtype):
-    """Pins evaluation with pictures beside training with features, generation, and what comes after."""
+def test_a_composite_takes_images_and_features_alike(llava, processor, tmp_path, dtype):
+    """Pins evaluation with images beside training with features, generation, and what comes after."""
     tower = llava.eval().model.vision_tower
     stored = compute(samples(), tower, tmp_path, image_column="images", dtype=dtype)
-    pictures = ImageTextCollator(processor)([samples()[row] for row in range(3)])
+    images = ImageTextCollator(processor)([samples()[row] for row in range(3)])
     features = FeatureCollator(processor)([stored[row] for row in range(3)])
-    assert features.keys() == pictures.keys()
+    assert features.keys() == images.keys()
     assert features["pixel_values"].shape == (3, 4, 32)
-    assert all(torch.equal(features[name], pictures[name]) for name in ("input_ids", "attention_mask", "labels"))
-    expected = llava(**pictures).logits
+    assert all(torch.equal(features[name], images[name]) for name in ("input_ids", "attention_mask", "labels"))
+    expected = llava(**images).logits
     with precomputed_features(llava, stored) as inside:
         assert inside is llava
         with precomputed_features(llava, stored):
-            assert torch.equal(llava(**pictures).logits, expected)
+            assert torch.equal(llava(**images).logits, expected)
         tolerance = 1e-6 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(llava(**features).logits, expected, rtol=0, atol=tolerance)
         del features["labels"]
@@ -515,15 +515,15 @@ def test_a_composite_takes_pictures_and_features_alike(llava, processor, tmp_pat
         assert outputs.hidden_states[-1] is outputs.last_hidden_state
         assert len(tower(features["pixel_values"], return_dict=False)) == 3
     assert "forward" not in vars(tower)
-    assert torch.equal(llava(**pictures).logits, expected)
+    assert torch.equal(llava(**images).logits, expected)
     with pytest.raises(ValueError, match="pixel_values"):
         tower(features["pixel_values"])
 
 
-def test_pictures_of_several_numbers_of_tokens_share_a_batch(llava, processor, tmp_path):
-    """Pins pages of several sizes, which LLaVA cannot take in one batch as pictures."""
+def test_images_of_several_numbers_of_tokens_share_a_batch(llava, processor, tmp_path):
+    """Pins pages of several sizes, which LLaVA cannot take in one batch as images."""
     llava.eval()
-    rows = [{"image": picture(0, 128, 128), "text": "<image>a"}, {"image": picture(1, 64, 192), "text": "<image>a"}]
+    rows = [{"image": image(0, 128, 128), "text": "<image>a"}, {"image": image(1, 64, 192), "text": "<image>a"}]
     as_they_are = DeepSeekOCRVisionImageProcessor(do_resize=False)
     stored = compute(datasets.Dataset.from_list(rows), llava.model.vision_tower, tmp_path, processor=as_they_are)
     processor.image_processor = as_they_are
@@ -536,8 +536,8 @@ def test_pictures_of_several_numbers_of_tokens_share_a_batch(llava, processor, t
         torch.testing.assert_close(expected_logits[: len(alone)], alone, rtol=0, atol=1e-5)
 
 
-def test_a_batch_without_pictures_still_touches_the_projector(llava, processor, tmp_path):
-    """Pins processes that train together, where one has a batch without pictures."""
+def test_a_batch_without_images_still_touches_the_projector(llava, processor, tmp_path):
+    """Pins processes that train together, where one has a batch without images."""
     stored = compute(samples(), llava.model.vision_tower, tmp_path, image_column="images")
     batch = FeatureCollator(processor)([stored[2], stored[3]])
     with precomputed_features(llava, stored):
@@ -578,22 +578,22 @@ def test_features_of_a_wrong_kind_are_errors(llava, processor, tmp_path):
     with pytest.raises(TypeError, match=r"Sample 0 of the batch has a str under 'features'.*transform"):
         collate([stored.with_format(None)[0] | {"text": "<image>a"}])
     with precomputed_features(llava, stored):
-        with pytest.raises(ValueError, match=r"\[pictures, tokens, 32\], got torch.float32 \[1, 4, 16\]"):
+        with pytest.raises(ValueError, match=r"\[images, tokens, 32\], got torch.float32 \[1, 4, 16\]"):
             llava.model.vision_tower(torch.zeros(1, 4, 16))
         with pytest.raises(ValueError, match="output_attentions"):
             llava.model.vision_tower(torch.zeros(1, 4, 32), output_attentions=True)
 
 
 def test_a_composite_trains_on_pages_in_tiles(llava, processor, tmp_path):
-    """Pins inputs beside `pixel_values`, pictures with different numbers of tiles, and a LLaVA, which can be given no
-    tiles of a picture but can be given their tokens.
+    """Pins inputs beside `pixel_values`, images with different numbers of tiles, and a LLaVA, which can be given no
+    tiles of an image but can be given their tokens.
     """
     processor.image_processor = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="gundam")
-    pictures = [picture(0, 700, 1300), picture(1, 300, 300)]
-    rows = [{"image": each, "text": "<image>a"} for each in pictures]
+    images = [image(0, 700, 1300), image(1, 300, 300)]
+    rows = [{"image": each, "text": "<image>a"} for each in images]
     tower = llava.model.vision_tower
     stored = compute(datasets.Dataset.from_list(rows), tower, tmp_path, processor=processor, batch_size=2)
-    expected = tower.encode(pictures, image_processor=processor.image_processor)
+    expected = tower.encode(images, image_processor=processor.image_processor)
     assert [len(tokens) for tokens in expected] == [2 * 100 + 256, 256]
     assert all(map(torch.equal, stored["features"], expected))
     batch = FeatureCollator(processor)(list(stored))

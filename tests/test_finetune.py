@@ -111,11 +111,11 @@ def test_no_scan_is_both_trained_on_and_held_out():
 
 
 def test_scans_keep_their_labels_through_the_shuffle():
-    """Shuffling pictures and digits by two orders would teach nonsense."""
+    """Shuffling images and digits by two orders would teach nonsense."""
     bunch = pages.load_digits()
     scans = pages.split_scans(3)["held_out"]
     assert scans.digits == [bunch.target[index] for index in scans.indexes]
-    ink = [255 - int(picture.getpixel((4, 3))) for picture in scans.pictures]
+    ink = [255 - int(image.getpixel((4, 3))) for image in scans.images]
     assert ink == [round(bunch.images[index][3, 4] * 255 / 16) for index in scans.indexes]
 
 
@@ -165,10 +165,10 @@ def test_digits_lie_in_their_cells_without_overlap():
     for index in range(20):
         rng = pages.np.random.default_rng([*train.stream, index])
         cells = {cell for cell, _ in train.choose_digits(rng)}
-        picture = train[index]["image"].convert("L")
+        image = train[index]["image"].convert("L")
         for row in range(2):
             for column in range(2):
-                cell = picture.crop((64 * column, 64 * row, 64 * column + 64, 64 * row + 64))
+                cell = image.crop((64 * column, 64 * row, 64 * column + 64, 64 * row + 64))
                 assert (cell.getextrema()[0] < 128) == ((row, column) in cells)
 
 
@@ -176,7 +176,7 @@ def test_digits_lie_in_their_cells_without_overlap():
 
 
 def test_labels_are_the_text_and_its_end_alone():
-    """Labels on picture tokens or padding would train the model to write those."""
+    """Labels on image tokens or padding would train the model to write those."""
     processor = build_processor(page_size=128)
     batch = runs.Collator(processor)(
         [{"image": Image.new("RGB", (128, 128)), "text": text} for text in ("7", "12\n3")]
@@ -189,7 +189,7 @@ def test_labels_are_the_text_and_its_end_alone():
 
 
 def test_a_page_whose_text_names_the_image_token_is_refused():
-    """Such a text would be taken for a second picture, with an error far away."""
+    """Such a text would be taken for a second image, with an error far away."""
     processor = build_processor(page_size=128)
     with pytest.raises(ValueError, match="<image>"):
         runs.Collator(processor)([{"image": Image.new("RGB", (128, 128)), "text": "see <image>"}])
@@ -215,8 +215,8 @@ def test_everything_is_left_in_the_output_folder(finished):
     assert files >= {"composite/config.json", "composite/model.safetensors", "composite/tokenizer.json"}
     assert not [file for file in files if ".tmp" in file]
     for name in ("loss.png", "predictions.png"):
-        with Image.open(finished / name) as picture:
-            picture.verify()
+        with Image.open(finished / name) as image:
+            image.verify()
 
 
 def test_the_report_holds_both_runs_and_the_command(finished):

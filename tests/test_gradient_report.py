@@ -478,7 +478,7 @@ def test_gradients_in_pieces_on_two_processes_are_measured_as_one(tmp_path):
     assert output.split() == ["True", "0"]
 
 
-# Arguments, text and picture
+# Arguments, text and image
 
 
 @pytest.mark.parametrize(
@@ -520,8 +520,8 @@ def test_the_text_shows_rows_problems_and_notes(reader):
     assert max(map(len, lines)) <= 100
 
 
-def test_the_picture_shows_every_state(reader, tmp_path):
-    """Pins a picture of groups that have no norm, or none that fits a logarithmic scale."""
+def test_the_image_shows_every_state(reader, tmp_path):
+    """Pins an image of groups that have no norm, or none that fits a logarithmic scale."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     reader.encoder.freeze("sam.patch_embed")
     reader.other_head = nn.Linear(32, 2)
@@ -532,12 +532,12 @@ def test_the_picture_shows_every_state(reader, tmp_path):
     report = gradient_report(reader)
     assert set(states(report).values()) == {"with gradient", "zero", "missing", "non-finite", "frozen"}
     report.plot(tmp_path / "gradient_flow.svg")
-    picture = (tmp_path / "gradient_flow.svg").read_text()
-    assert all(f"<!-- {text} -->" in picture for text in [*states(report), *states(report).values()])
+    image = (tmp_path / "gradient_flow.svg").read_text()
+    assert all(f"<!-- {text} -->" in image for text in [*states(report), *states(report).values()])
 
 
-def test_a_picture_without_matplotlib_is_an_error_that_says_what_to_install(reader, tmp_path, monkeypatch):
-    """Pins the plain installation, in which all but the picture works."""
+def test_an_image_without_matplotlib_is_an_error_that_says_what_to_install(reader, tmp_path, monkeypatch):
+    """Pins the plain installation, in which all but the image works."""
     original = builtins.__import__
 
     def without_matplotlib(name, *arguments, **options):

@@ -182,13 +182,13 @@ def test_reading_a_batch_gives_what_reading_one_by_one_does():
 
 
 def test_everything_is_left_in_the_output_folder(finished):
-    """Pins a name that changes, or a picture cut off."""
+    """Pins a name that changes, or an image cut off."""
     assert {path.name for path in finished.iterdir()} == {
         *("arguments.json", "report.md", "loss.png", "pages.png", "frozen", "trained"),
     }
     for name in ("loss.png", "pages.png"):
-        with Image.open(finished / name) as picture:
-            picture.verify()
+        with Image.open(finished / name) as image:
+            image.verify()
     report = (finished / "report.md").read_text()
     for expected in (
         *("bits per byte without pages", "with as many of their first text tokens", "encoder frozen"),

@@ -112,7 +112,7 @@ def test_a_dataset_that_datasets_opens_keeps_its_own_split(folder, tmp_path, mon
 
 @pytest.mark.parametrize("mode", ["CMYK", "LA", "P", "1", "I;16"])
 def test_images_of_any_mode_become_rgb(folder, mode):
-    """Pins the picture of a CMYK page, which could not be written as PNG once training was over."""
+    """Pins the image of a CMYK page, which could not be written as PNG once training was over."""
     image = draw_receipt(text_of(0))
     name = "scans/0.tif"
     (image.convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)).save(folder / name)

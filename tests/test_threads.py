@@ -5,7 +5,7 @@ import torch
 from helpers import tiny_config
 
 from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
-from deepseek_ocr_vision.encoding.threads import MULTIPLY_ADDS_OF_A_THREAD, choose_num_threads, fit_threads
+from deepseek_ocr_vision.modeling.threads import MULTIPLY_ADDS_OF_A_THREAD, choose_num_threads, fit_threads
 
 
 @pytest.fixture

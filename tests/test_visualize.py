@@ -309,7 +309,7 @@ def test_a_tokens_square_is_drawn_where_its_box_is(tiny_model):
         assert is_yellow.sum() == (bottom - top) * (right - left)
 
 
-def test_every_kind_of_picture_gives_one_view(tmp_path, tiny_model, image_processor):
+def test_every_kind_of_image_gives_one_view(tmp_path, tiny_model, image_processor):
     """Pins a path, an opened file, an array and a tensor; and the tokens that `encode` gives."""
     page = marked_page(HIGH, "top right")
     page.save(tmp_path / "page.png")

@@ -30,7 +30,7 @@ def base(tmp_path) -> Path:
     model = DeepSeekOCRVisionModel(tiny_config(feature_mode="projected"))
     folder = write_checkpoint(tmp_path / "base", released_tensors(model), model.config, num_shards=3)
     (folder / "assets").mkdir()
-    (folder / "assets" / "figure.png").write_bytes(b"picture")
+    (folder / "assets" / "figure.png").write_bytes(b"image")
     return folder
 
 

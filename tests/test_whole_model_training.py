@@ -299,7 +299,7 @@ def job(folder, start: str, *, num_processes: int, **fields) -> Job:
     arguments = {"max_steps": STEPS, "per_device_train_batch_size": 2 // num_processes}
     arguments["ddp_find_unused_parameters"] = False
     made = Job(str(folder), "deepseek_ocr", arguments, start_from=start, **fields)
-    made.pictures = False  # half of the batches of one sample have none
+    made.images = False  # half of the batches of one sample have none
     return made
 
 

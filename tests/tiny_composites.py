@@ -40,7 +40,7 @@ def tiny_llava(feature_mode: str = "residual", *, vocab_size: int = 32, **fields
 
 
 def inputs(batch: int = 2) -> dict[str, torch.Tensor]:
-    """A picture of 2 x 2 tokens and two words, `batch` times."""
+    """An image of 2 x 2 tokens and two words, `batch` times."""
     row = torch.tensor([1] + [IMAGE_TOKEN] * 4 + [5, 6])
     return {"input_ids": row.repeat(batch, 1), "pixel_values": pixels(batch)}
 

@@ -64,7 +64,7 @@ class Job:
             `"deepseek_ocr"`, a tiny whole model.
         arguments: Further fields of `TrainingArguments`.
         dropout: Of the language model's attention, so that losses depend on the random numbers.
-        pictures: Whether all samples have one; of the odd samples otherwise none has.
+        images: Whether all samples have one; of the odd samples otherwise none has.
         start_from: A checkpoint of the model, or of the classifier's encoder, to start from instead of new weights.
         fsdp: Whether accelerate is to take these CPUs for GPUs, as it has FSDP for GPUs alone.
         environment: Variables that a launcher would set, such as what FSDP is to do.
@@ -75,7 +75,7 @@ class Job:
     model: str = "llava"
     arguments: dict = field(default_factory=dict)
     dropout: float = 0.0
-    pictures: bool = True
+    images: bool = True
     start_from: str | None = None
     fsdp: bool = False
     environment: dict = field(default_factory=dict)
@@ -130,26 +130,26 @@ def trainer_of(job: Job) -> Trainer:
         model = type(model).from_pretrained(job.start_from)
     for layer in model.model.language_model.layers:
         layer.self_attn.attention_dropout = job.dropout
-    samples = [sample(index, has_picture=job.pictures or index % 2 == 0) for index in range(NUM_SAMPLES)]
+    samples = [sample(index, has_image=job.images or index % 2 == 0) for index in range(NUM_SAMPLES)]
     datasets = {"train_dataset": samples, "eval_dataset": samples}
     return Trainer(model, arguments, data_collator=Collator(processor), processing_class=processor, **datasets)
 
 
 class Collator(ImageTextCollator):
-    """Remembers which batches had a picture."""
+    """Remembers which batches had an image."""
 
     def __init__(self, processor):
         super().__init__(processor)
-        self.had_picture: list[bool] = []
+        self.had_image: list[bool] = []
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        self.had_picture.append(any("images" in sample for sample in samples))
+        self.had_image.append(any("images" in sample for sample in samples))
         return super().__call__(samples)
 
 
-def sample(index: int, *, has_picture: bool) -> dict:
+def sample(index: int, *, has_image: bool) -> dict:
     """A number, drawn on a page or not."""
-    if not has_picture:
+    if not has_image:
         return {"prompt": "Count: ", "answer": f"{index} {index + 1}"}
     page = Image.new("RGB", (128, 128), "white")
     ImageDraw.Draw(page).text((20 + index, 30), str(index), fill="black", font_size=60)
@@ -182,12 +182,12 @@ def run(job: Job) -> None:
     trainer.add_callback(gradients)
     with dying(job.kill, trainer):
         state = resume(trainer)
-    had_picture = gather_object([getattr(trainer.data_collator, "had_picture", [])])
+    had_image = gather_object([getattr(trainer.data_collator, "had_image", [])])
     weights = whole({name: parameter.detach() for name, parameter in trainer.model.named_parameters()})
     if trainer.is_world_process_zero():
         kept = ("step", "loss", "grad_norm", "learning_rate")
         log = [{key: entry[key] for key in kept} for entry in state.log_history if "loss" in entry]
-        result = {"log": log, "units": units(trainer.model), "had_picture": had_picture}
+        result = {"log": log, "units": units(trainer.model), "had_image": had_image}
         torch.save({"gradients": gradients.first, "weights": weights}, Path(job.output_dir) / "tensors.pt")
         (Path(job.output_dir) / "result.json").write_text(json.dumps(result))
 

@@ -1,10 +1,10 @@
-"""Training from stored features in place of pictures.
+"""Training from stored features in place of images.
 
     pages = precompute_features(pages, llava.model.vision_tower, processor, cache_dir="features")
     with precomputed_features(llava, pages):
         Trainer(llava, arguments, data_collator=FeatureCollator(processor), train_dataset=pages).train()
 
-Letters in the shapes: P pictures, N tokens of a picture, C channels.
+Letters in the shapes: P images, N tokens of an image, C channels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def precomputed_features(model: nn.Module, *pages: "datasets.Dataset") -> Iterator[nn.Module]:
-    """Let the encoder inside a composite take its own tokens, computed before, in place of pictures.
+    """Let the encoder inside a composite take its own tokens, computed before, in place of images.
 
-    Inside, `pixel_values` may be tokens [P, N, C], which the encoder hands on as its result; pictures [P, 3, H, W] are
+    Inside, `pixel_values` may be tokens [P, N, C], which the encoder hands on as its result; images [P, 3, H, W] are
     encoded as ever. Nothing else changes: the encoder stays where it is, so that what `Trainer` or `save_pretrained`
-    write is the whole composite, and it does not compute. Losses are those of training with pictures as far as the
+    write is the whole composite, and it does not compute. Losses are those of training with images as far as the
     stored dtype and the sums of a batch of another size round alike; with mixed precision, the stored tokens are those
     of an encoder outside of it.
 
@@ -82,7 +82,7 @@ def _replaying(encoder: PreTrainedModel, encode: Callable[..., Any]) -> Callable
             return encode(pixel_values, **options, return_dict=return_dict, **kwargs)
         if pixel_values.shape[-1] != width or not pixel_values.is_floating_point():
             given = f"{pixel_values.dtype} {list(pixel_values.shape)}"
-            raise ValueError(f"Features have to be floating-point numbers [pictures, tokens, {width}], got {given}.")
+            raise ValueError(f"Features have to be floating-point numbers [images, tokens, {width}], got {given}.")
         if output_attentions:
             raise ValueError("`output_attentions` is true, but stored features come without attention weights.")
         tokens = pixel_values.to(encoder.dtype)  # [P, N, C]
@@ -144,10 +144,10 @@ def _check_layer(model: nn.Module) -> None:
 
 
 class FeatureCollator(ImageTextCollator):
-    """`ImageTextCollator` for rows with features: `pixel_values` are tokens, and pictures are passed over.
+    """`ImageTextCollator` for rows with features: `pixel_values` are tokens, and images are passed over.
 
     Pictures of one number of tokens give `pixel_values` [P, N, C]; of several, as tiles make them, [1, N in all, C],
-    which is the same to a LLaVA. A batch without any picture gets a blank one in pixels, for `touch_encoder`.
+    which is the same to a LLaVA. A batch without any image gets a blank one in pixels, for `touch_encoder`.
 
     Args:
         processor: As for `ImageTextCollator`.
@@ -189,7 +189,7 @@ class FeatureCollator(ImageTextCollator):
         return super().__call__([self._with_features(sample, index) for index, sample in enumerate(samples)])
 
     def _with_features(self, sample: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """A row with its features where `ImageTextCollator` looks for pictures."""
+        """A row with its features where `ImageTextCollator` looks for images."""
         if self.features_column not in sample:
             raise ValueError(f"Sample {index} of the batch has no {self.features_column!r}; it has {sorted(sample)}.")
         features = sample[self.features_column]
@@ -206,7 +206,7 @@ class FeatureCollator(ImageTextCollator):
 
 
 class _FeatureProcessor:
-    """A processor that takes features [N, C] as well as pictures, as far as a collator uses one."""
+    """A processor that takes features [N, C] as well as images, as far as a collator uses one."""
 
     def __init__(self, processor: Any):
         self.processor = processor
@@ -227,13 +227,13 @@ class _FeatureProcessor:
         return BatchFeature({**encoded, "pixel_values": _side_by_side(features)})
 
     def _expanded(self, text: str, counts: Iterator[int]) -> str:
-        """A text with as many image tokens as there are tokens of each picture."""
+        """A text with as many image tokens as there are tokens of each image."""
         first, *others = text.split(self.image_token)
         return first + "".join(self.image_token * next(counts) + other for other in others)
 
 
 def _side_by_side(features: list[torch.Tensor]) -> torch.Tensor:
-    """The tokens of P pictures, [P, N, C], or all in a row, [1, N in all, C], if they differ in number."""
+    """The tokens of P images, [P, N, C], or all in a row, [1, N in all, C], if they differ in number."""
     if len({len(tokens) for tokens in features}) == 1:
         return torch.stack(features)
     return torch.cat(features)[None]

@@ -26,7 +26,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer,
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel, ImageTextCollator, resume, save_llava
 from deepseek_ocr_vision.composites import IMAGE_TOKEN, build_model
-from deepseek_ocr_vision.encoding.threads import fit_threads
+from deepseek_ocr_vision.modeling.threads import fit_threads
 from finetuning.arguments import FROZEN, TRAINED, FinetuneArguments, ModelArguments, names_checkpoint_of
 from finetuning.processes import on_main_process
 from finetuning.schedule import parameter_groups
