@@ -12,11 +12,16 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from numbers import Integral
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some, require_integer, require_number
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import (
+    list_some,
+    require_integer,
+    require_number,
+    require_whole_tokens,
+)
 
 
 PATCH_SIDE = 64  # pixels; the square that one token of the encoder stands for
@@ -273,48 +278,21 @@ class TextRenderer:
         return replacement
 
 
-def text_to_pages(
-    text: str,
-    *,
-    size: int | tuple[int, int] = 1024,
-    font: FontFile | Iterable[FontFile] | None = None,
-    font_size: float = 16,
-    margin: int = 32,
-    line_spacing: float = 1.0,
-    replacement: str | None = None,
-) -> list[Image.Image]:
+def text_to_pages(text: str, **options: Any) -> list[Image.Image]:
     """Draw a text on as many pages as it takes.
-
-    For many texts, for a long one page by page, and for the text that is on each page there is `TextRenderer`, which
-    has the rest about the arguments and about how lines are broken.
 
     Args:
         text: What to draw.
-        size: Height and width of a page in pixels, or its side; multiples of 64.
-        font: A TrueType or OpenType file, or several to fall back on; by default Pillow's own font.
-        font_size: Pixels of an em, at least 4.
-        margin: Pixels left blank on each side.
-        line_spacing: Distance between two baselines, as a multiple of the font's height.
-        replacement: A character to draw for each one that cannot be drawn; by default such text is refused.
+        options: As `TextRenderer` takes them, such as `size` and `font_size`. That class is also for many texts, for a
+            long one page by page, and for the text that is on each page.
 
     Returns:
         The pages in order, at least one, of mode L: black on white.
 
     Raises:
-        ImportError: Pillow is older than 10.1 or was built without FreeType.
-        OSError: A font file cannot be used.
-        TypeError: An argument is of another type.
-        ValueError: A number is out of range, or characters cannot be drawn; the message names them.
+        ImportError, OSError, TypeError, ValueError: As by `TextRenderer` and its `pages`.
     """
-    renderer = TextRenderer(
-        size=size,
-        font=font,
-        font_size=font_size,
-        margin=margin,
-        line_spacing=line_spacing,
-        replacement=replacement,
-    )
-    return [page.image for page in renderer.pages(text)]
+    return [page.image for page in TextRenderer(**options).pages(text)]
 
 
 # Text
@@ -438,6 +416,5 @@ def _page_sides(size: int | tuple[int, int]) -> tuple[int, int]:
         raise TypeError(f"`size` is {size!r}; it has to be an integer or a pair (height, width).")
     for side in sides:
         require_integer("size", side, at_least=PATCH_SIDE)
-        if side % PATCH_SIDE:
-            raise ValueError(f"`size` is {size!r}; height and width have to be multiples of {PATCH_SIDE}.")
+    require_whole_tokens("`size`", *sides, token_size=PATCH_SIDE)
     return int(sides[0]), int(sides[1])
