@@ -358,6 +358,19 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
         metavar="I/N",
         help="encode the I-th of N shares of the pages, from 0, as one of several commands that share them",
     )
+    _add_ray_options(parser)
+    parser.add_argument(
+        "--progress-json",
+        action="store_true",
+        help="a line of JSON every few seconds in place of the bar: pages, errors, rate, the encoder's share",
+    )
+    parser.add_argument("--dpi", type=float, default=DPI, help="that PDFs are drawn with (default: %(default)s)")
+    parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
+    parser.add_argument("--image-column", default="image", help="of a dataset (default: %(default)s)")
+    parser.set_defaults(run=encode)
+
+
+def _add_ray_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray",
         nargs="?",
@@ -369,15 +382,6 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--gpus-per-encoder", type=float, default=0, help="on Ray; may be a fraction (default: %(default)s)"
     )
-    parser.add_argument(
-        "--progress-json",
-        action="store_true",
-        help="a line of JSON every few seconds in place of the bar: pages, errors, rate, the encoder's share",
-    )
-    parser.add_argument("--dpi", type=float, default=DPI, help="that PDFs are drawn with (default: %(default)s)")
-    parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
-    parser.add_argument("--image-column", default="image", help="of a dataset (default: %(default)s)")
-    parser.set_defaults(run=encode)
 
 
 def _add_read(commands: argparse._SubParsersAction) -> None:
