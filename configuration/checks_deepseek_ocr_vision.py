@@ -52,8 +52,8 @@ def require_whole_tokens(name: str, height: int, width: int, *, token_size: int)
     if height % token_size or width % token_size or height < 1 or width < 1:
         nearest = [max(1, round(side / token_size)) * token_size for side in (height, width)]
         raise ValueError(
-            f"{name} is {height} x {width} pixels (height x width); both have to be positive multiples of {token_size}, "
-            f"the pixels a token. The nearest size is {nearest[0]} x {nearest[1]}."
+            f"{name} is {height} x {width} pixels (height x width); both have to be positive multiples of "
+            f"{token_size}, the pixels a token. The nearest size is {nearest[0]} x {nearest[1]}."
         )
 
 
