@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 
 matplotlib.use("agg")
@@ -48,7 +49,7 @@ def draw(source: str, path: Path) -> None:
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=10)
     figure.canvas.draw()
-    drawn = Image.fromarray(figure.canvas.buffer_rgba()).convert("RGB")
+    drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
     save_image(drawn.quantize(), path)
 
 
