@@ -8,7 +8,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -23,7 +25,7 @@ from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import (
 from deepseek_ocr_vision.encoding.encoder import Encoder, Page
 from deepseek_ocr_vision.encoding.on_ray import encode_on_ray
 from deepseek_ocr_vision.encoding.processes import attempt, map_in_processes
-from deepseek_ocr_vision.encoding.sources import File, Prepare, Source, close_documents, find_pages, printable
+from deepseek_ocr_vision.encoding.sources import Column, File, Prepare, close_documents, find_pages, printable
 from deepseek_ocr_vision.encoding.table import ERRORS, STORED_TYPES, Problem, TokenTable
 
 
@@ -35,7 +37,7 @@ _PART_BYTES = 1 << 28
 _SECONDS_BETWEEN_REPORTS = 5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Summary:
     """What a call of `encode_pages` did.
 
@@ -51,22 +53,22 @@ class Summary:
     """
 
     num_pages: int
-    num_new: int
-    problems: list[Problem]
-    left_out: dict[str, list[str]]
-    seconds: float
-    busy: float
+    num_new: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    seconds: float = 0.0
+    busy: float = 0.0
 
     def __str__(self) -> str:
-        rate = self.num_new / max(self.seconds, 1e-9)
         parts = [f"{self.num_pages:,} page{'s' * (self.num_pages != 1)} stored, {self.num_new:,} of them new"]
         if self.num_new:
-            parts.append(f"{rate:.1f} a second, the encoder at work {self.busy:.0%} of the time")
+            parts.append(
+                f"{self.num_new / self.seconds:.1f} a second, the encoder at work {self.busy:.0%} of the time"
+            )
         if self.problems:
             parts.append(f"{len(self.problems):,} could not be encoded, see errors.jsonl")
-        parts += [
-            f"left out {len(names):,} ({kind}): {list_some(names, most=3)}" for kind, names in self.left_out.items()
-        ]
+        for kind, names in self.left_out.items():
+            parts.append(f"left out {len(names):,} ({kind}): {list_some(names, most=3)}")
         return "; ".join(parts) + "."
 
 
@@ -108,7 +110,8 @@ def encode_pages(
             `"none"`, for their mean alone. Defaults to the model's dtype, which is exact.
         batch_size: Pages that pass through the model at once, as far as they are of one size.
         num_workers: Processes that read and prepare pages while the model computes. With 0, it waits for them.
-        timeout: Seconds in which a worker has to prepare a page, or open a document; then it is left out.
+        timeout: Seconds in which a worker has to prepare a page; then it is left out. To find the pages of a file it
+            has ten times as long.
         pages_per_file: Pages of a part, which is the most that is lost, beside those that are being prepared, when the
             process is killed.
         dpi: Pixels an inch that the pages of PDFs are rendered with. DeepSeek's own code for PDFs has 144.
@@ -133,7 +136,7 @@ def encode_pages(
     """
     if isinstance(inputs, str | os.PathLike) or not inputs:
         raise ValueError(f"`inputs` is {inputs!r}; it has to be a list of files, folders or datasets, at least one.")
-    tokens = require_choice("tokens", tokens or str(model.dtype).removeprefix("torch."), STORED_TYPES)
+    tokens = stored_type(tokens, model)
     require_number("dpi", dpi, at_least=1, at_most=2400)
     require_integer("num_workers", num_workers, at_least=0 if timeout is None and ray is None else 1)
     require_number("timeout", 1 if timeout is None else timeout, above=0)
@@ -145,11 +148,10 @@ def encode_pages(
     require_integer("shard[1]", num_shards, at_least=1)
     require_integer("shard[0]", number, at_least=0, at_most=num_shards - 1)
 
-    options = {"num_workers": num_workers, "timeout": timeout}
-    found = find_pages(inputs, dpi=dpi, split=split, image_column=image_column, **options)
+    work = {"num_workers": num_workers, "timeout": timeout}
+    found = find_pages(inputs, dpi=dpi, split=split, image_column=image_column, **work)
     if not found.pages and not found.problems:
         raise ValueError(f"There are no images, PDFs or pages in {[os.fspath(each) for each in inputs]}.")
-    problems = found.problems if number == 0 else []
     pages = [page for page in found.pages if int(page.id[:12], 16) % num_shards == number]
     encoder = Encoder(model, image_processor, tokens, batch_size)
     errors = ERRORS if num_shards == 1 else f"errors-{number}-of-{num_shards}.jsonl"
@@ -157,63 +159,58 @@ def encode_pages(
     missing = {page.id: page for page in pages if page.id not in table}
     encode: Callable[..., Iterator[pyarrow.Table]] = encode_locally
     if ray is not None and missing:
-        encode = encode_on_ray
-        options |= {"address": ray, "num_encoders": num_encoders, "gpus_per_encoder": gpus_per_encoder}
-    progress = _Progress(len(pages), len(pages) - len(missing), 1 if ray is None else num_encoders, on_progress)
-    table.begin_problems(problems)
+        encode = partial(encode_on_ray, address=ray, num_encoders=num_encoders, gpus_per_encoder=gpus_per_encoder)
+    rows = encode(table, encoder, found.sources, missing, pages_per_file=pages_per_file, **work)
+    summary = Summary(len(pages) - len(missing), 0, found.problems if number == 0 else [], dict(found.left_out))
+    with tqdm(total=len(pages), initial=summary.num_pages, unit="page", disable=not show_progress) as bar:
+        _follow(rows, table, summary, bar, 1 if ray is None else num_encoders, on_progress)
+    summary.num_pages = sum(page.id in table for page in pages)
+    return summary
+
+
+def stored_type(tokens: str | None, model: PreTrainedModel) -> str:
+    """How tokens are stored: as asked, or else as the model computes them."""
+    return require_choice("tokens", tokens or str(model.dtype).removeprefix("torch."), STORED_TYPES)
+
+
+def _follow(
+    batches: "Iterator[pyarrow.Table]",
+    table: TokenTable,
+    summary: Summary,
+    bar: tqdm,
+    num_encoders: int,
+    on_progress: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Take notice of rows as they are computed: in the summary, the bar, the file of problems, and `on_progress`."""
+    started, reported, computed, num_stored = time.perf_counter(), 0.0, 0.0, summary.num_pages
+
+    def report(*, is_done: bool) -> None:
+        if on_progress is not None:
+            counts = {"pages": num_stored + summary.num_new, "total": bar.total, "errors": len(summary.problems)}
+            rate = summary.num_new / max(summary.seconds, 1e-9)
+            on_progress(counts | {"pages_per_second": rate, "encoder_share": summary.busy, "done": is_done})
+
+    table.write_problems(summary.problems)
     try:
-        with tqdm(total=len(pages), initial=progress.pages, unit="page", disable=not show_progress) as bar:
-            for rows in encode(table, encoder, found.sources, missing, pages_per_file=pages_per_file, **options):
-                for problem in progress.add(rows):
-                    problems.append(problem)
-                    table.note(problem)
-                bar.update(len(rows))
+        for rows in batches:
+            for row in rows.select(["source", "page", "seconds", "error"]).to_pylist():
+                if row["error"] is None:
+                    summary.num_new += 1
+                    computed += row["seconds"]
+                else:
+                    summary.problems.append(Problem(row["source"], row["page"], row["error"]))
+            bar.update(len(rows))
+            summary.seconds = time.perf_counter() - started
+            summary.busy = min(1.0, computed / summary.seconds / num_encoders)
+            if summary.seconds - reported > _SECONDS_BETWEEN_REPORTS:
+                reported = summary.seconds
+                table.write_problems(summary.problems)
+                report(is_done=False)
     finally:
-        table.end_problems()
-    progress.report(is_done=True)
-    table.refresh()
-    num_pages = sum(page.id in table for page in pages)
-    return Summary(num_pages, progress.num_new, problems, dict(found.left_out), progress.seconds, progress.busy)
-
-
-@dataclass
-class _Progress:
-    total: int
-    pages: int
-    num_encoders: int
-    on_progress: Callable[[dict[str, Any]], None] | None
-    num_new: int = 0
-    errors: int = 0
-    computed: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-    reported: float = 0.0
-
-    def add(self, rows: "pyarrow.Table") -> Iterator[Problem]:
-        """Take notice of rows; yields why some are not encoded."""
-        for row in rows.select(["source", "page", "seconds", "error"]).to_pylist():
-            if row["error"] is None:
-                self.num_new += 1
-                self.computed += row["seconds"]
-            else:
-                self.errors += 1
-                yield Problem(row["source"], row["page"], row["error"])
-        if self.seconds - self.reported > _SECONDS_BETWEEN_REPORTS:
-            self.report()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
-
-    @property
-    def busy(self) -> float:
-        return min(1.0, self.computed / max(self.seconds, 1e-9) / self.num_encoders)
-
-    def report(self, is_done: bool = False) -> None:
-        self.reported = self.seconds
-        if self.on_progress is not None:
-            rate = self.num_new / max(self.seconds, 1e-9)
-            counts = {"pages": self.pages + self.num_new, "total": self.total, "errors": self.errors}
-            self.on_progress(counts | {"pages_per_second": rate, "encoder_share": self.busy, "done": is_done})
+        close_documents()
+        table.write_problems(summary.problems)
+    summary.seconds = time.perf_counter() - started
+    report(is_done=True)
 
 
 # One process
@@ -222,7 +219,7 @@ class _Progress:
 def encode_locally(
     table: TokenTable,
     encoder: Encoder,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, File | Column],
     pages: Mapping[str, Page],
     *,
     num_workers: int,
@@ -234,55 +231,25 @@ def encode_locally(
     Yields:
         The rows, with their errors, batch by batch, once they are computed.
     """
+    import pyarrow as pa
+
     prepare = Prepare(sources, encoder.image_processor, encoder.model.dtype)
     ahead = 2 * encoder.batch_size
-    prepared = map_in_processes(
-        prepare, pages.values(), num_workers=num_workers, ahead=ahead, timeout=lambda page: timeout
-    )
-    with _Writer(table, pages_per_file) as writer:
-        try:
-            for rows in encoder.encode(prepared):
-                writer.add(rows)
-                yield rows
-        finally:
-            prepared.close()
-            close_documents()
-
-
-class _Writer:
-    """Gathers rows for a part, and writes it while the next one is computed."""
-
-    def __init__(self, table: TokenTable, pages_per_file: int):
-        self.table = table
-        self.pages_per_file = pages_per_file
-        self.rows: list[pyarrow.Table] = []
-        self.thread = ThreadPoolExecutor(1)
-        self.written: Future | None = None
-
-    def add(self, rows: "pyarrow.Table") -> None:
-        self.rows.append(rows)
-        if sum(map(len, self.rows)) >= self.pages_per_file or sum(each.nbytes for each in self.rows) >= _PART_BYTES:
-            self.write()
-
-    def write(self) -> None:
-        import pyarrow as pa
-
-        if self.written is not None:
-            self.written.result()
-        if self.rows:
-            self.written = self.thread.submit(self.table.write, pa.concat_tables(self.rows))
-            self.rows = []
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        try:
-            if kind is None:
-                self.write()
-                self.write()
-        finally:
-            self.thread.shutdown()
+    prepared = map_in_processes(prepare, pages.values(), num_workers=num_workers, ahead=ahead, timeout=timeout)
+    part: list[pyarrow.Table] = []
+    written: Future | None = None
+    with closing(prepared), ThreadPoolExecutor(1) as thread:
+        for rows in encoder.encode(prepared):
+            part.append(rows)
+            yield rows
+            if sum(map(len, part)) >= pages_per_file or sum(each.nbytes for each in part) >= _PART_BYTES:
+                if written is not None:
+                    written.result()
+                written, part = thread.submit(table.write, pa.concat_tables(part)), []
+        if written is not None:
+            written.result()
+        if part:
+            table.write(pa.concat_tables(part))
 
 
 # A loop of somebody else
@@ -321,8 +288,8 @@ class EncodePages:
             from deepseek_ocr_vision.weights import load_encoder
 
             model, image_processor = load_encoder(model)
-        tokens = require_choice("tokens", tokens or str(model.dtype).removeprefix("torch."), STORED_TYPES)
-        self.encoder = Encoder(model if device is None else model.to(device), image_processor, tokens, batch_size)
+        model = model if device is None else model.to(device)
+        self.encoder = Encoder(model, image_processor, stored_type(tokens, model), batch_size)
         self.column = column
         self.dpi = dpi
 
@@ -336,13 +303,12 @@ class EncodePages:
 
         contents = batch[self.column]
         contents = contents.to_pylist() if hasattr(contents, "to_pylist") else list(contents)
-        tables = self.encoder.encode(self._prepared(contents))
-        return pa.concat_tables(tables).drop_columns(["is_os_error"])
+        return pa.concat_tables(self.encoder.encode(self._prepared(contents)))
 
     def _prepared(self, contents: list[str | bytes]) -> Iterator[tuple[Page, Any]]:
         for number, content in enumerate(contents):
             name = printable(content) if isinstance(content, str) else f"{self.column} {number} of the batch"
-            file = attempt(lambda content: File.find(content, name=name, dpi=self.dpi), content)  # noqa: B023
+            file = attempt(partial(File.find, name=name, dpi=self.dpi), content)
             if not isinstance(file, File):
                 yield Page("", name, 0), file
                 continue

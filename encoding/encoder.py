@@ -46,14 +46,7 @@ class Page(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model and its image processor, and how their tokens are stored.
-
-    Attributes:
-        model: The encoder. It computes in its own dtype, without autocast.
-        image_processor: What prepares images for it.
-        stored: A key of `STORED_TYPES`.
-        batch_size: Images that pass through the model at once, as far as they are of one size.
-    """
+    """A model, which computes in its own dtype without autocast, its image processor, and how tokens are stored."""
 
     model: PreTrainedModel
     image_processor: Any
@@ -102,30 +95,19 @@ class Encoder:
         rows, kept = [], []
         for (page, inputs), each in zip(batch, tokens, strict=True):
             if not each.isfinite().all():
-                error = f"its tokens are not finite in {each.dtype}; another type may hold them."
-                yield self._failed(page, Failure(error))
+                yield self._failed(page, f"its tokens are not finite in {each.dtype}; another type may hold them.")
                 continue
             sides = [side // self.model.config.patch_size for side in inputs["pixel_values"].shape[-2:]]
-            tiles = inputs.get("patches_grid", [[1, 1]])[0]
-            rows.append((page.id, page.source, page.number, sides, tiles, seconds, None, None))
+            row = {"id": page.id, "source": page.source, "page": page.number, "grid": sides, "seconds": seconds}
+            rows.append(row | {"patches_grid": inputs.get("patches_grid", [[1, 1]])[0], "error": None})
             kept.append(each)
         if rows:
-            yield self._table(rows, token_columns(kept, self.stored))
+            columns = {name: [row[name] for row in rows] for name in rows[0]} | token_columns(kept, self.stored)
+            yield require_pyarrow().Table.from_pydict(columns, schema=_schema_in_flight(self.stored))
 
-    def _failed(self, page: Page, failure: Failure) -> "pyarrow.Table":
-        row = {"id": page.id, "source": page.source, "page": page.number, **failure._asdict()}
+    def _failed(self, page: Page, error: str) -> "pyarrow.Table":
+        row = {"id": page.id, "source": page.source, "page": page.number, "error": str(error)}
         return require_pyarrow().Table.from_pylist([row], schema=_schema_in_flight(self.stored))
-
-    def _table(self, rows: list[tuple], of_tokens: dict[str, Any]) -> "pyarrow.Table":
-        pa = require_pyarrow()
-        names = ("id", "source", "page", "grid", "patches_grid", "seconds", "error", "is_os_error")
-        columns = of_tokens | dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-        schema = _schema_in_flight(self.stored)
-        arrays = [
-            pa.array(columns[each.name], each.type) if isinstance(columns[each.name], list) else columns[each.name]
-            for each in schema
-        ]
-        return pa.Table.from_arrays(arrays, schema=schema)
 
     def _tokens(self, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
         """The tokens of images that are alike, a tensor [N, C] each, on the CPU."""
@@ -142,16 +124,13 @@ class Encoder:
 
 def _schema_in_flight(stored: str) -> "pyarrow.Schema":
     pa = require_pyarrow()
-    return pa.schema([*table_schema(stored), pa.field("error", pa.string()), pa.field("is_os_error", pa.bool_())])
+    return table_schema(stored).append(pa.field("error", pa.string()))
 
 
 def _are_alike(first: Inputs, second: Inputs) -> bool:
     """Whether two images fit into one batch: pages of one size, and tiles of one size, however many."""
-    return first.keys() == second.keys() and all(_shape(first[name]) == _shape(second[name]) for name in first)
-
-
-def _shape(value: Any) -> Any:
-    return value.shape[1:] if isinstance(value, torch.Tensor) else None
+    shapes = [{name: getattr(value, "shape", (0,))[1:] for name, value in each.items()} for each in (first, second)]
+    return shapes[0] == shapes[1]
 
 
 def _joined(values: list[Any], device: torch.device) -> Any:

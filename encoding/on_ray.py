@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepseek_ocr_vision.encoding.encoder import Encoder, Page
 from deepseek_ocr_vision.encoding.processes import Worker
-from deepseek_ocr_vision.encoding.sources import Prepare, Source
+from deepseek_ocr_vision.encoding.sources import Column, File, Prepare
 from deepseek_ocr_vision.encoding.table import TokenTable
 
 
@@ -27,7 +27,7 @@ _PAGES_A_BLOCK = 16
 def encode_on_ray(
     table: TokenTable,
     encoder: Encoder,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, File | Column],
     pages: Mapping[str, Page],
     *,
     address: str,
@@ -39,24 +39,24 @@ def encode_on_ray(
 ) -> "Iterator[pyarrow.Table]":
     """Encode pages that a table lacks, as `encode_locally` does. Files have to be there on every node."""
     ray = _started(address, num_encoders if gpus_per_encoder == 0 else 0, num_workers)
-    prepare = Prepare(sources, encoder.image_processor, encoder.model.dtype)
+    prepare = ray.put(Prepare(sources, encoder.image_processor, encoder.model.dtype))
     items = [{"page": pickle.dumps(page)} for page in pages.values()]
-    pool = ray.data.ActorPoolStrategy
+    actors = ray.data.ActorPoolStrategy
     try:
         rows = (
             ray.data.from_items(items, override_num_blocks=math.ceil(len(items) / _PAGES_A_BLOCK))
             .map_batches(
                 _Preparing,
-                fn_constructor_args=(ray.put(prepare), timeout),
+                fn_constructor_args=(prepare, timeout),
                 batch_size=_PAGES_A_BLOCK,
-                compute=pool(min_size=1, max_size=num_workers),
+                compute=actors(min_size=1, max_size=num_workers),
                 num_cpus=1,
             )
             .map_batches(
                 _Encoding,
                 fn_constructor_args=(ray.put(encoder), gpus_per_encoder > 0),
                 batch_size=max(_PAGES_A_BLOCK, encoder.batch_size),
-                compute=pool(size=num_encoders),
+                compute=actors(size=num_encoders),
                 num_cpus=0 if gpus_per_encoder else 1,
                 num_gpus=gpus_per_encoder,
             )
@@ -66,7 +66,7 @@ def encode_on_ray(
                 batch_size=pages_per_file,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
-                compute=pool(size=1),
+                compute=actors(size=1),
                 num_cpus=0,
             )
         )
@@ -81,9 +81,8 @@ def _started(address: str, num_encoder_cpus: int, num_workers: int) -> Any:
         import ray.data
     except ImportError as error:
         raise ImportError("encode --ray needs Ray: pip install 'deepseek-ocr-vision[ray]'") from error
-    needed = num_encoder_cpus + num_workers
     # On this machine Ray may take as many as are needed, of processors that share the work; elsewhere what is there.
-    num_cpus = max(needed, os.cpu_count() or 1) if address == LOCAL else None
+    num_cpus = max(num_encoder_cpus + num_workers, os.cpu_count() or 1) if address == LOCAL else None
     ray.init(address, num_cpus=num_cpus, log_to_driver=False, ignore_reinit_error=True)
     there = ray.cluster_resources().get("CPU", 0)
     if there < num_encoder_cpus + 1:

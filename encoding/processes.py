@@ -7,20 +7,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch.multiprocessing  # tensors go from process to process in shared memory
 
 
 Item = TypeVar("Item")
-_CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+_CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
-class Failure(NamedTuple):
+class Failure(str):
     """Why there is no result."""
-
-    error: str
-    is_os_error: bool = False
 
 
 def attempt(function: Callable[[Item], Any], item: Item) -> Any:
@@ -31,7 +28,7 @@ def attempt(function: Callable[[Item], Any], item: Item) -> Any:
         raise
     except Exception as error:
         # Decoders raise whatever the broken bytes lead them to: SyntaxError, struct.error, PdfiumError, ...
-        return Failure(f"{type(error).__name__}: {error}", isinstance(error, OSError))
+        return Failure(f"{type(error).__name__}: {error}")
 
 
 def map_in_processes(
@@ -40,7 +37,7 @@ def map_in_processes(
     *,
     num_workers: int,
     ahead: int = 0,
-    timeout: Callable[[Item], float | None] = lambda item: None,
+    timeout: float | None = None,
 ) -> Iterator[tuple[Item, Any]]:
     """Each item with what a function makes of it, or the `Failure` to do so, in order.
 
@@ -61,7 +58,7 @@ def map_in_processes(
     def call(item: Item) -> Any:
         worker = free.popleft()
         try:
-            return worker.call(item, timeout(item))
+            return worker.call(item, timeout)
         finally:
             free.append(worker)
 
@@ -99,9 +96,8 @@ class Worker:
                 self.connection.send(item)
                 if self.connection.poll(timeout):
                     return self.connection.recv()
-                error = f"TimeoutError: it took longer than {timeout:g} seconds."
                 self._restart()
-                return Failure(error)
+                return Failure(f"TimeoutError: it took longer than {timeout:g} seconds.")
             except (EOFError, OSError):
                 # It was killed, perhaps by the system for its memory, or the item made a decoder crash.
                 if self.is_stopped:
@@ -110,14 +106,13 @@ class Worker:
         return Failure("the process that read it died twice.")
 
     def _restart(self) -> None:
-        self.process.kill()
-        self.process.join()
+        self.stop(is_last=False)
         self.connection.close()
         if not self.is_stopped:
             self._start()
 
-    def stop(self) -> None:
-        self.is_stopped = True
+    def stop(self, *, is_last: bool = True) -> None:
+        self.is_stopped |= is_last
         self.process.kill()
         self.process.join()
 

@@ -14,38 +14,28 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
 from deepseek_ocr_vision.encoding.encoder import Inputs, Page
-from deepseek_ocr_vision.encoding.processes import Failure, map_in_processes
+from deepseek_ocr_vision.encoding.processes import Failure, attempt, map_in_processes
 from deepseek_ocr_vision.encoding.table import Problem
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import IMAGE_FORMATS, open_image, read_image
+from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import sha256_of
 
 
 if TYPE_CHECKING:
     import datasets
 
 
-PDF_SUFFIX = ".pdf"
-POINTS_PER_INCH = 72
+_POINTS_PER_INCH = 72
 _NEW_SUBFILE_TYPE = 254  # a tag of TIFF
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
-_BYTES_HASHED_A_SECOND = 10_000_000  # at the least, from a slow disk
-_HEIC_SUFFIXES = {".heic", ".heif"}
+_OTHER_SUFFIXES = {".pdf", ".heic", ".heif"}  # beside those that Pillow knows by itself
 Content = str | bytes
 """A file's path, as the system has it, or what is in the file."""
-StoredImage = dict[str, Any] | str | None
-"""An image in a dataset: `bytes` and `path`, one of which may be `None`, or a path alone."""
-
-
-class Source(Protocol):
-    """Something with pages."""
-
-    def read(self, page: Page) -> Any:
-        """One of them as the image processor takes it."""
 
 
 # Files
@@ -53,24 +43,23 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class File:
-    """An image, a PDF or a TIFF of several pages.
+    """An image, or a document: a PDF or a TIFF of several pages.
 
     Attributes:
         content: Its path, or its bytes.
         name: What its pages are stored under.
-        digest: SHA-256 of what is in it.
         dpi: Pixels an inch that the pages of a PDF are rendered with.
-        numbers: Those of a document's pages, from 0; `None` of an image.
-        num_frames: How many frames it has, where some are left out: of an image all but the first, of a TIFF smaller
-            copies of its pages.
+        digest: SHA-256 of what is in it.
+        numbers: Those of its pages, from 0; `None` of an image that is no document.
+        left_out: Which of its frames are no pages, if there are such.
     """
 
     content: Content
     name: str
-    digest: str
     dpi: float
-    numbers: Sequence[int] | None = None
-    num_frames: int = 1
+    digest: str
+    numbers: Sequence[int] | None
+    left_out: str | None = None
 
     @classmethod
     def find(cls, content: Content, *, name: str, dpi: float) -> "File":
@@ -80,16 +69,16 @@ class File:
             OSError: It cannot be read, or is none that is known.
             ValueError: It is a PDF that is broken, encrypted or without pages.
         """
-        digest, is_pdf = _digest_and_kind(content)
-        if is_pdf:
-            return cls(content, name, digest, dpi, numbers=range(_count_pages(content)))
-        with _opened(content) as file, open_image(file, "the file") as image:
-            num_frames = getattr(image, "n_frames", 1)
-            if image.format == "TIFF" and num_frames > 1:
-                numbers = tuple(number for number in range(num_frames) if not _is_copy(image, number))
-                left_out = {} if len(numbers) == num_frames else {"num_frames": num_frames}
-                return cls(content, name, digest, dpi, numbers=numbers, **left_out)
-        return cls(content, name, digest, dpi, num_frames=num_frames)
+        digest = digest_of(content)
+        with closing(_open(content)) as document:
+            if not isinstance(document, Image.Image):
+                return cls(content, name, dpi, digest, range(len(document)))
+            frames = range(getattr(document, "n_frames", 1))
+            if document.format != "TIFF" or len(frames) == 1:
+                return cls(content, name, dpi, digest, None, "frames after the first" if len(frames) > 1 else None)
+            numbers = [number for number in frames if not _is_copy(document, number)]
+            left_out = "smaller copies in a TIFF" if len(numbers) < len(frames) else None
+            return cls(content, name, dpi, digest, numbers, left_out)
 
     def pages(self) -> list[Page]:
         if self.numbers is None:
@@ -97,23 +86,16 @@ class File:
         return [Page(f"{self.digest}:{number}", self.name, number) for number in self.numbers]
 
     def read(self, page: Page) -> Image.Image:
+        document = _open_same(self.content, self.digest, os.getpid())
         if self.numbers is None:
-            return image_of(self.content, self.digest)
-        document = _opened_document(self.content, self.digest)
+            return document
         try:
-            return self._page_of(document, page.number)
+            return _page_of(document, page.number, self.dpi)
         except (MemoryError, OSError, ValueError):
             raise
         except Exception as error:
             # As broken bytes lead them, decoders raise PdfiumError, SyntaxError, struct.error, EOFError, ...
             raise ValueError(f"the page cannot be read: {type(error).__name__}: {error}") from error
-
-    def _page_of(self, document: Any, number: int) -> Image.Image:
-        if not isinstance(document, Image.Image):
-            return _rendered(document[number], self.dpi)
-        document.seek(number)
-        document.tell = lambda: 0  # the image processor reads the first frame of a file; this is its only one
-        return document
 
 
 def _is_copy(image: Image.Image, number: int) -> bool:
@@ -160,40 +142,43 @@ def _read_heic() -> None:
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
-    rgb: Any = read_image(image, "the image", input_data_format=None, do_convert_rgb=True, keeps_tensor=False)[0]
-    return rgb
+    return read_image(image, "the image", input_data_format=None, do_convert_rgb=True, keeps_tensor=False)[0]
 
 
 def digest_of(content: Content) -> str:
     """SHA-256 of what is in a file."""
-    return _digest_and_kind(content)[0]
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256_of(content)
 
 
-def _digest_and_kind(content: Content) -> tuple[str, bool]:
-    """SHA-256, and whether it is a PDF, whose mark stands near the beginning."""
-    with _opened(content) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-        return digest, b"%PDF-" in file.read(1024)
-
-
-def _opened(content: Content) -> IO[bytes]:
-    return io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")
-
-
-def image_of(content: Content, digest: str) -> Image.Image:
-    """An image, opened, once its file is found to be the one with that SHA-256."""
-    content = content if isinstance(content, bytes) else Path(content).read_bytes()
-    _require_same(content, digest)
-    return open_image(io.BytesIO(content), "the file")
-
-
-def _require_same(content: Content, digest: str) -> None:
+@lru_cache(maxsize=1)
+def _open_same(content: Content, digest: str, process: int) -> Any:
+    """The file that this process read last. Two processes that share an open file share their place in it."""
     if digest_of(content) != digest:
         raise ValueError("the file changed while it was being encoded.")
+    return _open(content)
 
 
-# Documents
+def close_documents() -> None:
+    """Close the file that this process read last."""
+    _open_same.cache_clear()
+
+
+def _open(content: Content) -> Any:
+    """A PDF, whose mark stands near the beginning, as PDFium has it, or an image as Pillow has it."""
+    file = io.BytesIO(content) if isinstance(content, bytes) else io.FileIO(content)
+    if b"%PDF-" not in file.read(1024):
+        file.seek(0)
+        return open_image(file, "the file")
+    file.close()
+    pypdfium2 = require_pypdfium2()
+    try:
+        document = pypdfium2.PdfDocument(content)
+    except pypdfium2.PdfiumError as error:
+        raise ValueError(f"the PDF cannot be opened; it is encrypted or broken: {error}") from error
+    if len(document) == 0:
+        raise ValueError("the PDF has no pages.")
+    document.init_forms()  # or what is filled into a form is not rendered
+    return document
 
 
 def require_pypdfium2() -> Any:
@@ -205,43 +190,19 @@ def require_pypdfium2() -> Any:
     return pypdfium2
 
 
-def _count_pages(content: Content) -> int:
-    pypdfium2 = require_pypdfium2()
-    try:
-        with closing(pypdfium2.PdfDocument(content)) as document:
-            num_pages = len(document)
-    except pypdfium2.PdfiumError as error:
-        raise ValueError(f"the PDF cannot be opened; it is encrypted or broken: {error}") from error
-    if num_pages == 0:
-        raise ValueError("the PDF has no pages.")
-    return num_pages
-
-
-@lru_cache(maxsize=1)
-def _opened_document(content: Content, digest: str) -> Any:
-    _require_same(content, digest)
-    if not _digest_and_kind(content)[1]:
-        return open_image(_opened(content), "the file")
-    document = require_pypdfium2().PdfDocument(content)
-    document.init_forms()  # or what is filled into a form is not rendered
-    return document
-
-
-def close_documents() -> None:
-    """Close the document that this process read last."""
-    _opened_document.cache_clear()
-
-
-def _rendered(page: Any, dpi: float) -> Image.Image:
-    try:
-        scale = dpi / POINTS_PER_INCH
+def _page_of(document: Any, number: int, dpi: float) -> Image.Image:
+    """A page of a TIFF or a PDF."""
+    if isinstance(document, Image.Image):
+        document.seek(number)
+        document.tell = lambda: 0  # type: ignore[method-assign]  # readers take a file's first frame: it is its only one
+        return document
+    with closing(document[number]) as page:
+        scale = dpi / _POINTS_PER_INCH
         width, height = (math.ceil(side * scale) for side in page.get_size())
         limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
         if width * height > limit:
             raise ValueError(f"at {dpi:g} dpi the page has {width} x {height} pixels, over {limit}.")
         return page.render(scale=scale).to_pil()
-    finally:
-        page.close()
 
 
 # Datasets
@@ -249,7 +210,7 @@ def _rendered(page: Any, dpi: float) -> Image.Image:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of images, or of lists of them; each row is a page.
+    """A column of images, or of lists of them, of a dataset.
 
     Attributes:
         name: What its pages are stored under.
@@ -289,27 +250,30 @@ class Column:
         rows = dataset.select_columns(column).with_format("arrow")
         return cls(name, column, rows, is_list, getattr(image, "mode", None))
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def pages(self) -> Iterator[list[tuple[Page, Failure | None]]]:
+        """The images of each row, and why some have no id."""
+        for row in range(len(self.rows)):
+            pages = []
+            for index, image in enumerate(self._cell(row)):
+                digest = attempt(lambda image: digest_of(_content_of(image)), image)
+                failure = digest if isinstance(digest, Failure) else None
+                pages.append((Page("" if failure else digest, self.name, row, index), failure))
+            yield pages
 
-    def cells(self) -> Iterator[list[StoredImage]]:
-        """The images of each row."""
-        return (self.cell(row) for row in range(len(self.rows)))
-
-    def cell(self, row: int) -> list[StoredImage]:
+    def _cell(self, row: int) -> list[Any]:
         (cell,) = self.rows[row : row + 1][self.column].to_pylist()
         return cell if isinstance(cell, list) else [] if cell is None else [cell]
 
     def read(self, page: Page) -> Image.Image:
-        image = image_of(content_of(self.cell(page.number)[page.index]), page.id)
+        image = _open_same(_content_of(self._cell(page.number)[page.index]), page.id, os.getpid())
         if self.mode is None:
             return image
         # What has more than 256 levels is brought to as many first.
         return _in_rgb(image).convert("L" if self.mode.startswith(("I", "F")) else self.mode)
 
 
-def content_of(image: StoredImage) -> Content:
-    """The file of an image as `datasets` stores it."""
+def _content_of(image: Any) -> Content:
+    """The file of an image as `datasets` stores it: `bytes` and `path`, one of which may be `None`, or a path."""
     if image is None:
         raise ValueError("the image is None; leave it out of the list.")
     if isinstance(image, str):
@@ -324,7 +288,7 @@ def content_of(image: StoredImage) -> Content:
 class Prepare:
     """Reads pages and prepares them as the model takes them; what workers do."""
 
-    sources: Mapping[str, Source]
+    sources: Mapping[str, File | Column]
     image_processor: Any
     dtype: torch.dtype
 
@@ -339,16 +303,12 @@ class Prepare:
 
 @dataclass
 class Found:
-    """What inputs name.
+    """What inputs name: files and datasets by name, their pages, what cannot be opened, and what is left out by kind.
 
-    Attributes:
-        sources: Files and datasets, by name.
-        pages: Their pages.
-        problems: What cannot be opened.
-        left_out: What is no image or document, or not encoded as a whole, by kind.
+    Left out is what is no image or document, of animations all but the first frame, and smaller copies in a TIFF.
     """
 
-    sources: dict[str, Source] = field(default_factory=dict)
+    sources: dict[str, File | Column] = field(default_factory=dict)
     pages: list[Page] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -375,21 +335,18 @@ def find_pages(
     found, paths = Found(), {}
     for given in map(os.fspath, inputs):
         if _is_dataset(given):
-            column = Column.of(_loaded_dataset(given, split), given, image_column)
-            found.sources[given] = column
-            _find_rows(column, found)
+            _find_rows(Column.of(_loaded_dataset(given, split), given, image_column), found)
         elif os.path.isdir(given):
             paths |= dict.fromkeys(_files_in(given, found.left_out), False)
         elif os.path.exists(given):
             paths[given] = True
         else:
             raise FileNotFoundError(f"There is no file, folder or dataset {given!r}.")
-    if any(path.lower().endswith(PDF_SUFFIX) for path in paths):
+    if any(path.lower().endswith(".pdf") for path in paths):
         require_pypdfium2()
-    limit = partial(_seconds_to_find, timeout)
-    for path, file in map_in_processes(
-        partial(_find_file, dpi), paths, num_workers=num_workers, ahead=100, timeout=limit
-    ):
+    limit = None if timeout is None else 10 * timeout  # a file is read as a whole, whatever its size
+    files = map_in_processes(partial(_find_file, dpi), paths, num_workers=num_workers, ahead=100, timeout=limit)
+    for path, file in files:
         _sort_in(path, file, found, is_named=paths[path])
     found.pages.sort(key=lambda page: page[1:])
     found.problems.sort(key=lambda each: (each.source, each.page or 0))
@@ -407,54 +364,45 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _seconds_to_find(timeout: float | None, path: str) -> float | None:
-    """The limit for a file's pages to be counted, and the time to read it beside."""
-    if timeout is None or not os.path.isfile(path):
-        return timeout
-    return timeout + os.path.getsize(path) / _BYTES_HASHED_A_SECOND
-
-
 def _sort_in(path: str, file: File | Failure, found: Found, *, is_named: bool) -> None:
-    if isinstance(file, Failure):
-        # A file of a folder may be anything; one that was named, or calls itself an image, should be readable.
-        suffix = os.path.splitext(path)[1].lower()
-        if is_named or suffix in _known_suffixes() or not os.path.isfile(path):
-            found.problems.append(Problem(printable(path), None, file.error))
-        else:
-            found.left_out[printable(suffix) or "no suffix"].append(printable(path))
-        return
-    found.sources[file.name] = file
-    found.pages += file.pages()
-    if file.num_frames > 1:
-        kind = "frames after the first" if file.numbers is None else "smaller copies in a TIFF"
-        found.left_out[kind].append(file.name)
+    name, suffix = printable(path), os.path.splitext(path)[1].lower()
+    if isinstance(file, File):
+        found.sources[name] = file
+        found.pages += file.pages()
+        if file.left_out is not None:
+            found.left_out[file.left_out].append(name)
+    # A file of a folder may be anything; one that was named, or calls itself an image, should be readable.
+    elif is_named or suffix in _known_suffixes() or not os.path.isfile(path):
+        found.problems.append(Problem(name, None, file))
+    else:
+        found.left_out[printable(suffix) or "no suffix"].append(name)
 
 
 @lru_cache
 def _known_suffixes() -> set[str]:
     formats = Image.registered_extensions()
-    return {suffix for suffix, kind in formats.items() if kind in IMAGE_FORMATS} | {PDF_SUFFIX} | _HEIC_SUFFIXES
+    return {suffix for suffix, kind in formats.items() if kind in IMAGE_FORMATS} | _OTHER_SUFFIXES
 
 
 def _find_rows(column: Column, found: Found) -> None:
-    for row, images in enumerate(column.cells()):
-        try:
-            if len(images) != 1:
-                raise ValueError(f"the row has {len(images) or 'no'} image{'s' * (len(images) > 1)}.")
-            found.pages.append(Page(digest_of(content_of(images[0])), column.name, row))
-        except (OSError, ValueError) as error:
-            found.problems.append(Problem(column.name, row, f"{type(error).__name__}: {error}"))
+    found.sources[column.name] = column
+    for row, pages in enumerate(column.pages()):
+        page, failure = pages[0] if pages else (None, None)
+        if len(pages) != 1:
+            failure = Failure(f"ValueError: the row has {len(pages) or 'no'} image{'s' * (len(pages) > 1)}.")
+        if failure is None:
+            found.pages.append(page)
+        else:
+            found.problems.append(Problem(column.name, row, failure))
 
 
 def _is_dataset(given: str) -> bool:
     path = Path(given)
-    if path.is_dir():
+    if path.exists():
         return any((path / name).is_file() for name in _DATASET_FILES)
     # What could be a file's name is a file that is missing, not a dataset to ask the Hub for.
     looks_like_a_file = path.suffix.lower() in _known_suffixes() or path.is_absolute()
-    return (
-        not path.exists() and not looks_like_a_file and 1 <= len(path.parts) <= 2 and path.parts[0] not in ("~", "..")
-    )
+    return not looks_like_a_file and len(path.parts) in (1, 2) and path.parts[0] not in ("~", "..")
 
 
 def _files_in(path: str, left_out: dict[str, list[str]]) -> Iterator[str]:
@@ -464,13 +412,12 @@ def _files_in(path: str, left_out: dict[str, list[str]]) -> Iterator[str]:
         for name in [*folders, *names]:
             if name.startswith("."):
                 left_out["hidden"].append(printable(os.path.join(folder, name)))
-        kept = []
-        for name in sorted(name for name in folders if not name.startswith(".")):
+        visible, folders[:] = sorted(name for name in folders if not name.startswith(".")), []
+        for name in visible:
             target = os.path.realpath(os.path.join(folder, name))
             if target not in seen:
-                kept.append(name)
+                folders.append(name)
                 seen.add(target)
-        folders[:] = kept
         yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
@@ -481,7 +428,7 @@ def _raise(error: OSError) -> None:
 def _loaded_dataset(name: str, split: str) -> "datasets.Dataset":
     import datasets
 
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         try:
             return datasets.load_dataset(name, split=split)
         except (FileNotFoundError, ConnectionError) as error:

@@ -14,21 +14,17 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deepseek_ocr_vision.saving.staging import locked, staging_folder
 
-try:
-    import fcntl
-except ImportError:
-    # Windows has no such locks; what a killed process began to write stays there.
-    fcntl = None
 
 if TYPE_CHECKING:
     import datasets
@@ -46,19 +42,12 @@ STORED_TYPES = {
 LAYOUT = 2
 """Version of what is in a table."""
 SETTINGS, ERRORS = "settings.json", "errors.jsonl"
-_ROW_GROUP_BYTES = 1 << 20  # what is read for one image's tokens
-_SECONDS_BETWEEN_UPLOADS = 5
+_ROW_GROUP_BYTES = 1 << 18  # at the most; it is read as a whole for the tokens of one image
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a page, or all of a source, could not be encoded.
-
-    Attributes:
-        source: Its name.
-        page: The page, counted from 0, or `None` for all.
-        error: Why.
-    """
+    """Why a page, counted from 0, or all of a source (`None`) could not be encoded."""
 
     source: str
     page: int | None
@@ -71,14 +60,9 @@ class Problem:
 def table_schema(stored: str) -> "pyarrow.Schema":
     """The columns of a table whose tokens are stored as `stored`, a key of `STORED_TYPES`."""
     pa = require_pyarrow()
-    columns = {
-        "id": pa.string(),
-        "source": pa.string(),
-        "page": pa.int64(),
-        "grid": pa.list_(pa.int64()),
-        "patches_grid": pa.list_(pa.int64()),
-        "num_tokens": pa.int64(),
-    }
+    sizes = pa.list_(pa.int64())
+    columns = {"id": pa.string(), "source": pa.string(), "page": pa.int64()}
+    columns |= {"grid": sizes, "patches_grid": sizes, "num_tokens": pa.int64()}
     if stored != "none":
         numbers = {"bfloat16": "int16", "float16": "halffloat"}.get(stored, stored)
         columns["tokens"] = pa.list_(pa.list_(pa.type_for_alias(numbers)))
@@ -159,12 +143,10 @@ class TokenTable:
         self.location = self.root if self.is_local else os.fspath(location)  # the same in another folder
         self.rows: dict[str, tuple[str, int]] = {}
         self.parts: set[str] = set()
-        self._lines: list[str] = []
-        self._uploaded = 0.0
         if settings is not None:
-            self._agree_on({"layout": LAYOUT, **settings})
+            self._agree_on(json.loads(canonical({"layout": LAYOUT, **settings})))
         self.settings = self._read_settings()
-        self.stored = self.settings["tokens"]
+        self.stored: str = self.settings["tokens"]
         self.refresh()
 
     def path(self, name: str) -> str:
@@ -175,38 +157,23 @@ class TokenTable:
         if self.fs.isfile(self.root):
             raise NotADirectoryError(f"{self.location} is a file; a table of tokens is a folder.")
         self.fs.makedirs(self.root, exist_ok=True)
-        text = canonical(settings)
-        with self._locked() as is_locked:
-            if is_locked:
-                for path in Path(self.root).glob(".*.tmp"):  # a process was killed that wrote it
-                    path.unlink()
+        with self._locked():
             if not self.fs.isfile(self.path(SETTINGS)):
                 others = sorted(Path(name).name for name in self.fs.glob(self.path("*")))
                 if others:
                     raise ValueError(
                         f"{self.location} holds no table of tokens, but {others[0]!r}; name a new folder."
                     )
-                self._put(SETTINGS, lambda file: file.write(text))
-        differences = _differences(self._read_settings(), json.loads(text))
+                self._put(SETTINGS, canonical(settings))
+        differences = _differences(self._read_settings(), settings)
         if differences:
             raise ValueError(f"{self.location} holds tokens of other settings: {'; '.join(differences)}.")
+        if self.is_local:
+            with staging_folder(self.root):
+                pass  # what killed processes left in the folder is removed first
 
-    @contextmanager
-    def _locked(self) -> Iterator[bool]:
-        """Hold the folder's lock, if its disk has such; the system takes it from a process that dies."""
-        if not self.is_local or fcntl is None:
-            yield False
-            return
-        folder, is_locked = os.open(self.root, os.O_RDONLY), False
-        try:
-            with suppress(OSError):
-                fcntl.flock(folder, fcntl.LOCK_EX)
-                is_locked = True
-            yield is_locked
-        finally:
-            if is_locked:
-                fcntl.flock(folder, fcntl.LOCK_UN)  # also for processes that were forked meanwhile
-            os.close(folder)
+    def _locked(self) -> Any:
+        return locked(Path(self.root)) if self.is_local else nullcontext()
 
     def _read_settings(self) -> dict[str, Any]:
         try:
@@ -256,49 +223,41 @@ class TokenTable:
     def _write_part(self, rows: "pyarrow.Table") -> None:
         import pyarrow.parquet as pq
 
-        options = {
-            "row_group_size": max(1, _ROW_GROUP_BYTES * len(rows) // rows.nbytes),
-            # 16 bits have few values enough for a dictionary, which halves them; 32 bits do not.
-            "use_dictionary": self.stored in ("bfloat16", "int8"),
-            "write_statistics": ["id", "source", "page"],
-        }
-        # Sorted by name, parts are in the order in which they were written.
-        name = f"part-{time.time_ns():020}-{uuid.uuid4().hex[:8]}.parquet"
-        self._put(name, lambda file: pq.write_table(rows, file, **options))
-
-    def _put(self, name: str, fill: Callable[[IO[bytes]], Any]) -> None:
-        """Make a file of the table appear in one step."""
-        if self.is_local:
-            with _staged(Path(self.path(name))) as file:
-                fill(file)
-            return
         buffer = io.BytesIO()
-        fill(buffer)
-        self.fs.pipe_file(self.path(name), buffer.getvalue())
+        pq.write_table(
+            rows,
+            buffer,
+            row_group_size=max(1, _ROW_GROUP_BYTES * len(rows) // rows.nbytes),
+            # 16 bits have few values enough for a dictionary, which halves them; 32 bits do not.
+            use_dictionary=self.stored in ("bfloat16", "int8"),
+            write_statistics=["id", "source", "page"],
+        )
+        # Sorted by name, parts are in the order in which they were written.
+        self._put(f"part-{time.time_ns():020}-{uuid.uuid4().hex[:8]}.parquet", buffer.getbuffer())
 
-    def begin_problems(self, problems: Iterable[Problem]) -> None:
-        """Begin the file of problems anew."""
+    def _put(self, name: str, content: bytes | memoryview) -> None:
+        """Make a file of the table appear in one step, whole and on the disk."""
+        if not self.is_local:
+            self.fs.pipe_file(self.path(name), bytes(content))
+            return
+        try:
+            with staging_folder(self.root) as folder:
+                with open(folder / name, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(folder / name, self.path(name))
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path(name)} could not be written: {error.strerror or error}") from error
+
+    def write_problems(self, problems: Iterable[Problem]) -> None:
+        """Replace the file of problems; without any there is none."""
+        text = "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
+        if text:
+            self._put(self.errors, text.encode())
+            return
         with suppress(FileNotFoundError):
             self.fs.rm_file(self.path(self.errors))
-        for problem in problems:
-            self.note(problem)
-
-    def note(self, problem: Problem) -> None:
-        """Add a line to the file of problems. At a URL it is written every few seconds, and at the end."""
-        line = json.dumps(asdict(problem), ensure_ascii=False) + "\n"
-        if self.is_local:
-            with open(self.path(self.errors), "a", encoding="utf-8") as file:
-                file.write(line)
-            return
-        self._lines.append(line)
-        if time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS:
-            self.end_problems()
-
-    def end_problems(self) -> None:
-        """Write what is not written yet."""
-        if self._lines:
-            self.fs.pipe_file(self.path(self.errors), "".join(self._lines).encode())
-            self._uploaded = time.monotonic()
 
     # Reading
 
@@ -321,22 +280,6 @@ def _opened_part(location: str, part: str, process: int) -> Any:
     fs, root = fsspec.core.url_to_fs(location)
     path = f"{root.rstrip('/')}/{part}"
     return pq.ParquetFile(path, memory_map=True) if "file" in fs.protocol else pq.ParquetFile(fs.open(path))
-
-
-@contextmanager
-def _staged(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name when it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def canonical(value: Any) -> bytes:
@@ -388,10 +331,8 @@ def load_pages(location: str | os.PathLike) -> "datasets.Dataset":
     table = TokenTable(location)
     if not table.parts:
         raise FileNotFoundError(f"{location} has no parts: no page was encoded into it yet.")
-    paths = [
-        table.path(name) if table.is_local else table.fs.unstrip_protocol(table.path(name)) for name in table.parts
-    ]
-    pages = datasets.Dataset.from_parquet(sorted(paths))
+    unstrip = str if table.is_local else table.fs.unstrip_protocol
+    pages = datasets.Dataset.from_parquet([unstrip(table.path(name)) for name in sorted(table.parts)])
     if table.stored in ("bfloat16", "int8"):
         pages = pages.with_format("arrow").map(
             _with_floats, batched=True, batch_size=16, fn_kwargs={"stored": table.stored}

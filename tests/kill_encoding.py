@@ -3,44 +3,36 @@
     python tests/kill_encoding.py --points 20                  # the process that asks, and its workers
     python tests/kill_encoding.py --points 20 --ray            # the same, and the encoders of Ray
 
-At each point a run of `encode` is started, and after a random time the driver, a preparing worker or an encoder is
-ended by SIGKILL. A run without kills ends each round; then every page has to be there once, with the tokens of a run
-that was never interrupted, bit for bit, and the folder has to hold nothing but the table.
+At each point a run of `encode_pages` is started, and after a random time the driver, a preparing worker or an encoder
+is ended by SIGKILL, and all parts but six are removed. A run without kills ends each round; then every page has to be
+there once, with the tokens of a run that was never interrupted, bit for bit, and the folder has to hold nothing but
+the table.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from encoding_helpers import IMAGE_PROCESSOR, assert_same, encode, png, write_pdf
+from encoding_helpers import assert_same, encode, png, write_pdf
 from helpers import tiny_config
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
 
 
-RUN = """
-import sys, time, torch
-from deepseek_ocr_vision.__main__ import main
-from deepseek_ocr_vision import DeepSeekOCRVisionModel
-forward = DeepSeekOCRVisionModel.forward
-def slow(self, *args, **kwargs):
-    time.sleep(0.02)
-    return forward(self, *args, **kwargs)
-DeepSeekOCRVisionModel.forward = slow
-print("ready", flush=True)
-sys.exit(main(sys.argv[1:]))
-"""
+# A process that is forked has imported everything already.
+_CONTEXT = multiprocessing.get_context("fork")
 
 
 def main() -> None:
@@ -72,28 +64,23 @@ def kill(folder: Path, kind: str, num_points: int, num_pages: int, seed: int, *,
     write_pdf(scans / "book.pdf", *range(1000, 1004))
     torch.manual_seed(0)
     model = DeepSeekOCRVisionModel(tiny_config())
-    model.save_pretrained(folder / "encoder")
-    IMAGE_PROCESSOR.save_pretrained(folder / "encoder")
     encode(scans, model, folder / "whole")
-    command = ["encode", str(scans), "--model", str(folder / "encoder"), "--out", str(out), "--pages-per-file", "3"]
-    command += ["--workers", "2", "--device", "cpu", *(["--ray", "--encoders", "2"] if is_ray else [])]
+    engine = {"num_workers": 2, "timeout": 600.0, "pages_per_file": 3}
+    engine |= {"ray": "local", "num_encoders": 2} if is_ray else {}
     num_hits = 0
     for _ in range(num_points):
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUN, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
-        process.stdout.readline()
+        process = _CONTEXT.Process(target=encode_slowly, args=(scans, model, out, engine))
+        process.start()
         num_hits += strike(process, kind, draw, out)
         process.kill()
-        process.wait()
-        for part in list(out.glob("*.parquet"))[: 2 * (kind != "driver")]:
+        process.join()
+        for part in sorted(out.glob("*.parquet"))[6:]:
             part.unlink()  # so that there is something to compute at the next point
-    code = subprocess.run([sys.executable, "-m", "deepseek_ocr_vision", *command], capture_output=True, check=False)
-    if code.returncode != 0:
-        raise AssertionError(code.stderr.decode())
+    last = _CONTEXT.Process(target=encode, args=(scans, model, out), kwargs=engine)
+    last.start()
+    last.join()
+    if last.exitcode != 0:
+        raise AssertionError(f"The last run ended with {last.exitcode}.")
     assert_same(out, folder / "whole")
     rest = [path.name for path in out.iterdir() if path.name != "settings.json" and path.suffix != ".parquet"]
     if rest:
@@ -101,22 +88,28 @@ def kill(folder: Path, kind: str, num_points: int, num_pages: int, seed: int, *,
     return num_hits
 
 
-def strike(process: subprocess.Popen, kind: str, draw: random.Random, out: Path) -> bool:
+def encode_slowly(scans: Path, model: DeepSeekOCRVisionModel, out: Path, engine: dict) -> None:
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    if encode(scans, model, out, **engine).problems:
+        raise AssertionError("A page was given up.")
+
+
+def strike(process: Any, kind: str, draw: random.Random, out: Path) -> bool:
     """Kill after a random time; a driver that lost a helper has to come to its end."""
     started = time.monotonic()
-    while not list(out.glob("settings.json")) and process.poll() is None and time.monotonic() - started < 300:
+    while not list(out.glob("settings.json")) and process.is_alive() and time.monotonic() - started < 300:
         time.sleep(0.005)
     time.sleep(draw.uniform(0, 2.5))
-    is_running = process.poll() is None
+    is_running = process.is_alive()
     if kind == "driver":
         process.kill()
         return is_running
     helpers = processes_of(process.pid, b"_Encoding" if kind == "encoder" else None)
     if is_running and helpers:
         os.kill(draw.choice(helpers), signal.SIGKILL)
-    process.stdout.read()
-    if process.wait(timeout=600) != 0:
-        raise AssertionError(f"The encoding ended with {process.returncode} after its {kind} was killed.")
+    process.join(timeout=600)
+    if process.exitcode != 0:
+        raise AssertionError(f"The encoding ended with {process.exitcode} after its {kind} was killed.")
     return is_running and bool(helpers)
 
 

@@ -28,7 +28,7 @@ from deepseek_ocr_vision import (
     ImageTextCollator,
 )
 from deepseek_ocr_vision.composites import build_processor
-from deepseek_ocr_vision.training.precomputed import _replaying
+from deepseek_ocr_vision.training.features import _replaying
 
 
 LATER = {"keyword_of_a_later_release": torch.tensor(1)}

@@ -5,6 +5,8 @@ import os
 import signal
 import time
 import zlib
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from image_files import exif, tiff
 from image_files import png as png_file
 from PIL import Image, TiffImagePlugin
 
+from deepseek_ocr_vision.encoding import load_pages
 from deepseek_ocr_vision.encoding.encoder import Page
 from deepseek_ocr_vision.encoding.processes import Failure, map_in_processes
 from deepseek_ocr_vision.encoding.sources import Column, File, digest_of, page_of
@@ -71,6 +74,22 @@ def test_a_stamp_is_on_the_page():
     page = np.asarray(file.read(file.pages()[0]).convert("L"))
     assert page[50:, :100].max() < 64
     assert page[:50].min() > 192
+
+
+MANUAL = Path("/usr/share/doc/gnuplot/gnuplot.pdf")
+
+
+@pytest.mark.skipif(not MANUAL.exists(), reason="Debian's gnuplot-doc, with a manual of 311 pages, is not installed")
+def test_a_manual_of_over_200_pages_is_encoded_page_by_page(tiny_model, tmp_path):
+    """Pins a document as the world has them, whose pages are as PDFium alone renders them."""
+    summary = encode([MANUAL], tiny_model, tmp_path / "out", num_workers=2, dpi=18, tokens="none", pages_per_file=99)
+    with closing(pypdfium2.PdfDocument(MANUAL)) as manual:
+        num_pages, last = len(manual), manual[len(manual) - 1].render(scale=0.25).to_pil()
+    assert (summary.num_pages, summary.problems) == (num_pages, [])
+    assert num_pages > 200
+    (row,) = (row for row in load_pages(tmp_path / "out") if row["page"] == num_pages - 1)
+    (expected,) = tiny_model.encode([last], image_processor=IMAGE_PROCESSOR)
+    assert torch.equal(row["pooled"], expected.mean(dim=0))
 
 
 def test_each_frame_of_a_tiff_is_a_page_as_it_is_alone(tiny_model, tmp_path):
@@ -218,7 +237,7 @@ def work(item: str) -> str:
 def test_a_worker_that_hangs_or_dies_costs_its_item_alone():
     """Pins a file whose decoder never ends, and one that takes the process with it."""
     items = ["a", "hang", "b", "die", "c", "fail", "d"]
-    results = dict(map_in_processes(work, items, num_workers=2, timeout=lambda item: 2))
+    results = dict(map_in_processes(work, items, num_workers=2, timeout=2))
     assert [results[item] for item in "abcd"] == list("ABCD")
     assert results["hang"] == Failure("TimeoutError: it took longer than 2 seconds.")
     assert results["die"] == Failure("the process that read it died twice.")

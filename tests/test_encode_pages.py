@@ -192,7 +192,7 @@ def test_an_encoding_that_was_killed_goes_on_where_it_was(scans, tmp_path, capsy
     """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(list((tmp_path / "out").glob(".*.tmp"))) == 1
+    assert len(list((tmp_path / "out").glob(".*"))) == 1
     assert places(tmp_path / "out", scans) == SEVEN[:3]
     assert main(command) == 0
     assert "7 pages stored, 4 of them new" in capsys.readouterr().out

@@ -1,12 +1,8 @@
 """Stored features: computed once, right, whole after any interruption, and as good to train on as images."""
 
 import copy
-import fcntl
 import io
-import os
 import resource
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +17,9 @@ from transformers import TrainingArguments as Arguments
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor
 from deepseek_ocr_vision.composites.small import byte_tokenizer
+from deepseek_ocr_vision.saving.staging import PREFIX, staging_folder
 from deepseek_ocr_vision.training.collator import ImageTextCollator
-from deepseek_ocr_vision.training.features import precompute_features
-from deepseek_ocr_vision.training.precomputed import FeatureCollator, precomputed_features
+from deepseek_ocr_vision.training.features import FeatureCollator, precompute_features, precomputed_features
 
 
 datasets = pytest.importorskip("datasets")
@@ -222,7 +218,7 @@ INTERRUPTED = """
     sys.path.insert(0, {tests!r})
     import torch
     from helpers import tiny_config
-    from test_features import compute, pages, tokens_by_id
+    from test_features import PREFIX, compute, pages, tokens_by_id
     from deepseek_ocr_vision import DeepSeekOCRVisionModel
 
     torch.manual_seed(0)
@@ -259,7 +255,7 @@ INTERRUPTED = """
         assert len(result["features"]) == 4
 
     def leftovers():
-        return [path for path in cache.rglob("*") if ".tmp" in path.name]
+        return [path for path in cache.rglob("*") if path.name.startswith(PREFIX)]
 
     compute(dataset, model, reference)
     codes, saw_leftovers = [], False
@@ -300,7 +296,7 @@ def test_a_full_disk_leaves_what_was_finished(tiny_model, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert parts(tmp_path) == before
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".*"))
     counted.since_asked()
     assert len(compute(pages(0, 1, 2, 3), tiny_model, tmp_path)) == 4
     assert counted.since_asked() == 2
@@ -310,26 +306,12 @@ def test_what_a_killed_process_began_to_write_goes_and_what_another_writes_stays
     """Pins leftovers of work that never comes again, as after a change of the dataset."""
     compute(pages(0), tiny_model, tmp_path)
     (folder,) = tmp_path.iterdir()
-    alive = folder / ".part-alive.tmp"
-    is_locked = threading.Event()
-
-    def write() -> None:
-        file = os.open(folder, os.O_RDONLY)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        alive.touch()
-        is_locked.set()
-        time.sleep(0.3)
-        alive.rename(folder / "alive")
-        os.close(file)
-
-    other = threading.Thread(target=write)
-    other.start()
-    is_locked.wait()
-    (folder / ".part-dead.tmp").touch()
-    compute(pages(0), tiny_model, tmp_path)
-    other.join()
-    assert not list(folder.glob(".*"))
-    assert (folder / "alive").exists()
+    dead = folder / f"{PREFIX}dead"
+    dead.mkdir()
+    (dead / "part-0.parquet").touch()
+    with staging_folder(folder) as alive:
+        compute(pages(0), tiny_model, tmp_path)
+        assert list(folder.glob(".*")) == [alive]
 
 
 def test_a_damaged_file_is_named(tiny_model, tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from encoding_helpers import IMAGE_PROCESSOR, assert_same, encode, image, png, stored, write_pdf
-from helpers import tiny_config
+from helpers import ROOT, tiny_config
+from test_documents import blocks
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.__main__ import main
@@ -56,30 +57,40 @@ def test_every_export_of_loaded_pages_has_the_tokens(tiny_model, scans, tmp_path
             torch.testing.assert_close(torch.tensor(np.array(actual)).float(), each, rtol=0, atol=1e-6, msg=name)
 
 
-def test_other_readers_need_nothing_of_this_package(tiny_model, scans, tmp_path, monkeypatch):
-    """Pins the lines of docs/encoding.md for datasets, pyarrow, pandas and DuckDB."""
+def rows_as(tool: str, rows) -> list[dict]:
+    """What another tool gives, as dictionaries."""
+    convert = {
+        "load_dataset": lambda: rows.to_list(),
+        "pyarrow": lambda: rows.to_pylist(),
+        "pandas": lambda: rows.to_dict("records"),
+        "duckdb": lambda: rows.df().to_dict("records"),
+        "ray": lambda: rows.take_all(),
+        "SparkSession": lambda: [row.asDict() for row in rows.collect()],
+    }
+    return convert[tool]()
+
+
+@pytest.mark.parametrize("tool", ["load_dataset", "pyarrow", "pandas", "duckdb", "SparkSession"])  # and Ray, below
+def test_other_readers_need_nothing_of_this_package(tool, tiny_model, scans, tmp_path, monkeypatch):
+    """Pins the lines of docs/encoding.md for each of them."""
+    pytest.importorskip({"SparkSession": "pyspark", "load_dataset": "datasets"}.get(tool, tool))
     encode(scans, tiny_model, tmp_path / "tokens")
     monkeypatch.chdir(tmp_path)
-    expected = [tokens.numpy() for tokens in stored("tokens").values()]
+    assert_reads(tool)
 
-    rows = datasets.load_dataset("parquet", data_files="tokens/*.parquet", split="train")
-    assert np.array_equal(rows[6]["tokens"], expected[6])
 
-    import pyarrow.dataset
-
-    rows = pyarrow.dataset.dataset("tokens", format="parquet", exclude_invalid_files=True).to_table()
-    assert np.array_equal(rows["tokens"][6].as_py(), expected[6])
-
-    import pandas
-
-    rows = pandas.concat(map(pandas.read_parquet, sorted(os.scandir("tokens"), key=lambda each: each.name)[:-1]))
-    assert np.array_equal(np.stack(rows["tokens"].iloc[6]), expected[6])
-
-    duckdb = pytest.importorskip("duckdb")
-    query = "SELECT count(*), avg(pooled[1]) FROM 'tokens/*.parquet' WHERE source LIKE '%book.pdf'"
-    ((count, mean),) = duckdb.sql(query).fetchall()
-    assert count == 3
-    assert mean == pytest.approx(np.mean([tokens[:, 0].mean() for tokens in expected[4:7]]), abs=1e-5)
+def assert_reads(tool: str) -> None:
+    """The lines of docs/encoding.md for a tool read the tokens in the folder `tokens`."""
+    codes = [block.code for block in blocks(ROOT / "docs" / "encoding.md") if "rows = " in block.code]
+    lines = [line for line in "\n".join(codes).splitlines() if "glob" in line or tool in line]
+    namespace: dict = {}
+    exec("\n".join(lines), namespace)
+    expected = stored("tokens")
+    rows = rows_as(tool, namespace["rows"])
+    assert len(rows) == len(expected)
+    for row in rows:
+        tokens = np.stack([np.array(token, dtype=np.float32) for token in row["tokens"]])
+        assert np.array_equal(tokens, expected[os.path.basename(row["source"]), row["page"]].numpy())
 
 
 # What is stored
@@ -200,14 +211,22 @@ def test_a_loop_of_somebody_else_gets_the_same_rows(tiny_model, scans, tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Ray's local cluster is tried on Linux")
-def test_ray_fills_the_same_table_and_goes_on_with_what_another_began(tiny_model, scans, tmp_path):
-    """Pins the second engine beside the first, tokens bit for bit, resuming across both, and a page that fails."""
-    pytest.importorskip("ray")
+def test_ray_fills_the_same_table_and_goes_on_with_what_another_began(tiny_model, scans, tmp_path, monkeypatch):
+    """Pins the second engine beside the first, tokens bit for bit, resuming across both, a page that fails, and
+    Ray as a reader of the table.
+    """
+    ray = pytest.importorskip("ray")
     encode(scans, tiny_model, tmp_path / "untouched")
-    encode([scans / "0.png", scans / "1.png"], tiny_model, tmp_path / "out")
+    encode([scans / "0.png", scans / "1.png"], tiny_model, tmp_path / "tokens")
     (scans / "cut.png").write_bytes(png(7)[:3000])
     options = {"ray": "local", "num_encoders": 2, "num_workers": 1, "timeout": 60}
-    summary = encode(scans, tiny_model, tmp_path / "out", **options)
+    summary = encode(scans, tiny_model, tmp_path / "tokens", **options)
     assert (summary.num_pages, summary.num_new, len(summary.problems)) == (7, 5, 1)
-    assert "truncated" in (tmp_path / "out" / "errors.jsonl").read_text()
-    assert_same(tmp_path / "out", tmp_path / "untouched")
+    assert "truncated" in (tmp_path / "tokens" / "errors.jsonl").read_text()
+    assert_same(tmp_path / "tokens", tmp_path / "untouched")
+    monkeypatch.chdir(tmp_path)
+    ray.init("local", num_cpus=1, log_to_driver=False)
+    try:
+        assert_reads("ray")
+    finally:
+        ray.shutdown()

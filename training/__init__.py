@@ -6,10 +6,9 @@ from deepseek_ocr_vision.training.adapters import (
     LORA_TARGETS,
 )
 from deepseek_ocr_vision.training.collator import ImageTextCollator
-from deepseek_ocr_vision.training.features import precompute_features
+from deepseek_ocr_vision.training.features import FeatureCollator, precompute_features, precomputed_features
 from deepseek_ocr_vision.training.gradient_report import GradientReport, gradient_report
 from deepseek_ocr_vision.training.optimization import layer_decay_groups
-from deepseek_ocr_vision.training.precomputed import FeatureCollator, precomputed_features
 from deepseek_ocr_vision.training.resuming import (
     last_complete_checkpoint,
     load_weights,

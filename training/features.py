@@ -1,27 +1,33 @@
-"""A frozen encoder's tokens, computed once: `precompute_features`.
+"""A frozen encoder's tokens, computed once into a table, and training from them in place of images.
 
-A frozen encoder gives the same tokens for a page in every epoch, and computing them is most of what a training step
-costs. Here they are computed into a table; `deepseek_ocr_vision.training.precomputed` trains from them.
+    pages = precompute_features(pages, llava.model.vision_tower, processor, cache_dir="features")
+    with precomputed_features(llava, pages):
+        Trainer(llava, arguments, data_collator=FeatureCollator(processor), train_dataset=pages).train()
 
-Letters in the shapes: N tokens of an image, C channels.
+Letters in the shapes: P images, N tokens of an image, C channels.
 """
 
 import hashlib
 import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some, require_choice, require_integer
 from deepseek_ocr_vision.encoding.encode_pages import encode_locally
-from deepseek_ocr_vision.encoding.encoder import Encoder, Page
-from deepseek_ocr_vision.encoding.sources import Column, content_of, digest_of
+from deepseek_ocr_vision.encoding.encoder import Encoder, Page, encoder_fingerprint
+from deepseek_ocr_vision.encoding.sources import Column
 from deepseek_ocr_vision.encoding.table import STORED_TYPES, TokenTable, canonical
+from deepseek_ocr_vision.training.collator import ImageTextCollator, PaddingSide
 
 
 if TYPE_CHECKING:
@@ -31,6 +37,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BadImage = Literal["raise", "skip"]
+
+
+class UnreadableImageError(OSError, ValueError):
+    """An image of a dataset cannot be read or encoded."""
+
+
+# Computing them
 
 
 def precompute_features(
@@ -84,74 +97,50 @@ def precompute_features(
     Raises:
         ImportError: `datasets` is not installed.
         TypeError: `dataset`, `model`, `processor` or the column is of none of the types above.
-        ValueError: An argument has a value that is not allowed; an image cannot be read, which names its row; tokens
-            are not finite in `dtype`; a stored part is damaged.
-        OSError: The file of an image cannot be read, which names its row; or the disk is full: then what is finished
-            stays, and the next call goes on.
+        ValueError: An argument has a value that is not allowed, or a stored part is damaged.
+        UnreadableImageError: An `OSError` and `ValueError` that names its row: an image cannot be read, or its tokens
+            are not finite in `dtype`.
+        OSError: The disk is full: then what is finished stays, and the next call goes on.
     """
-    _require_datasets()
-    _check_model(model)
-    stored = _stored_type(model.dtype if dtype is None else dtype)
-    require_choice("on_bad_image", on_bad_image, get_args(BadImage))
-    require_integer("batch_size", batch_size, at_least=1)
-    require_integer("pages_per_file", pages_per_file, at_least=1)
-    require_integer("num_workers", num_workers, at_least=0)
-    encoder = Encoder(model, _image_processor_of(processor), stored, batch_size)
     _check_dataset(dataset, features_column)
-    images = Images(Column.of(dataset, "dataset", image_column), raises=on_bad_image == "raise")
-
-    settings = encoder.settings(image_mode=images.column.mode)
-    name = hashlib.sha256(canonical(settings)).hexdigest()[:32]
-    table = TokenTable(os.path.join(cache_dir, name), settings)
-    ids = images.read_ids(show_progress)
-    missing = {id: page for id, page in images.pages.items() if id not in table}
-    work = {"num_workers": num_workers, "timeout": None, "pages_per_file": pages_per_file}
-    with tqdm(total=len(missing), desc="Computing features", disable=not show_progress) as bar:
-        for rows in encode_locally(table, encoder, {images.column.name: images.column}, missing, **work):
-            images.note(rows.select(["id", "error", "is_os_error"]).to_pylist())
-            bar.update(len(rows))
-    images.warn()
-    return _with_column(dataset, ids, ReadFeatures(features_column, TokenTable(table.location)), images.column.is_list)
-
-
-# Arguments
-
-
-def _require_datasets() -> None:
-    try:
-        import datasets  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Storing features needs datasets: pip install 'deepseek-ocr-vision[train]'") from error
-
-
-def _check_model(model: Any) -> None:
     # By its configuration, and not its class: one loaded by `trust_remote_code` has a class of its own.
     if getattr(getattr(model, "config", None), "model_type", None) != DeepSeekOCRVisionConfig.model_type:
         raise TypeError(
             f"`model` is a {type(model).__name__}; it has to be the encoder, a DeepSeekOCRVisionModel. Inside a LLaVA "
             "that is `llava.model.vision_tower`."
         )
+    types = {of: name for name, of in STORED_TYPES.items() if of is not None and of.is_floating_point}
+    stored = types[require_choice("dtype", model.dtype if dtype is None else dtype, types)]
+    require_choice("on_bad_image", on_bad_image, get_args(BadImage))
+    require_integer("batch_size", batch_size, at_least=1)
+    require_integer("pages_per_file", pages_per_file, at_least=1)
+    require_integer("num_workers", num_workers, at_least=0)
+    encoder = Encoder(model, _image_processor_of(processor), stored, batch_size)
+    column = Column.of(dataset, "dataset", image_column)
 
-
-def _stored_type(dtype: Any) -> str:
-    names = {of: name for name, of in STORED_TYPES.items() if of is not None and of.is_floating_point}
-    if dtype not in names:
-        raise ValueError(f"`dtype` is {dtype!r}; it has to be one of {list(names)}.")
-    return names[dtype]
-
-
-def _image_processor_of(processor: Any) -> Any:
-    image_processor = getattr(processor, "image_processor", processor)
-    if not callable(image_processor) or not hasattr(image_processor, "to_dict"):
-        raise TypeError(
-            f"`processor` is a {type(processor).__name__}; it has to be an image processor, or a processor with one."
-        )
-    return image_processor
+    images = _Images(column, is_strict=on_bad_image == "raise")
+    ids = images.read_ids(show_progress)
+    settings = encoder.settings(image_mode=column.mode)
+    folder = hashlib.sha256(canonical(settings)).hexdigest()[:32]
+    table = TokenTable(os.path.join(cache_dir, folder), settings)
+    missing = {id: page for id, page in images.pages.items() if id not in table}
+    work: dict[str, Any] = {"num_workers": num_workers, "timeout": None, "pages_per_file": pages_per_file}
+    with tqdm(total=len(missing), desc="Computing features", disable=not show_progress) as bar:
+        for rows in encode_locally(table, encoder, {column.name: column}, missing, **work):
+            for row in rows.select(["id", "error"]).to_pylist():
+                if row["error"] is not None:
+                    images.refuse(missing[row["id"]], row["error"])
+            bar.update(len(rows))
+    if images.bad:
+        logger.warning("Left out the rows of %d images:\n%s", len(images.bad), list_some(images.bad, separator="\n"))
+    return _with_column(dataset, ids, ReadFeatures(features_column, TokenTable(table.location)), column.is_list)
 
 
 def _check_dataset(dataset: Any, features_column: str) -> None:
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Storing features needs datasets: pip install 'deepseek-ocr-vision[train]'") from error
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(
             f"`dataset` is a {type(dataset).__name__}; it has to be a datasets.Dataset, one split that is no stream. "
@@ -168,63 +157,42 @@ def _check_dataset(dataset: Any, features_column: str) -> None:
         )
 
 
-# Images
+def _image_processor_of(processor: Any) -> Any:
+    image_processor = getattr(processor, "image_processor", processor)
+    if not callable(image_processor) or not hasattr(image_processor, "to_dict"):
+        raise TypeError(
+            f"`processor` is a {type(processor).__name__}; it has to be an image processor, or a processor with one."
+        )
+    return image_processor
 
 
-@dataclass
-class Images:
-    """The images of a column, each with the place where it is found first.
+class _Images:
+    """The images of a column by id, each with the place where it is found first, and those that are refused."""
 
-    Attributes:
-        column: The column.
-        raises: Whether one that cannot be read is an error, or kept for a warning at the end.
-        pages: By id.
-        bad: Those that cannot be read, as the warning names them.
-    """
+    def __init__(self, column: Column, *, is_strict: bool):
+        self.column = column
+        self.is_strict = is_strict
+        self.pages: dict[str, Page] = {}
+        self.bad: list[str] = []
 
-    column: Column
-    raises: bool
-    pages: dict[str, Page] = field(default_factory=dict)
-    bad: list[str] = field(default_factory=list)
-
-    def read_ids(self, show_progress: bool) -> list[list[str | None]]:
-        """The ids of each row's images, `None` for one that cannot be read."""
-        cells = tqdm(self.column.cells(), total=len(self.column), desc="Reading images", disable=not show_progress)
-        return [
-            [self._read_id(image, row, index) for index, image in enumerate(images)]
-            for row, images in enumerate(cells)
-        ]
-
-    def _read_id(self, image: Any, row: int, index: int) -> str | None:
-        try:
-            id = digest_of(content_of(image))
-        except (OSError, ValueError) as error:
-            self._refuse(row, index, str(error), isinstance(error, OSError))
-            return None
-        self.pages.setdefault(id, Page(id, self.column.name, row, index))
-        return id
-
-    def note(self, rows: list[dict[str, Any]]) -> None:
-        """Take notice of rows that may have an error."""
+    def read_ids(self, show_progress: bool) -> list[list[str]]:
+        """The ids of each row's images, empty for one that cannot be read."""
+        rows = tqdm(self.column.pages(), total=len(self.column.rows), desc="Reading images", disable=not show_progress)
+        ids = []
         for row in rows:
-            if row["error"] is not None:
-                page = self.pages[row["id"]]
-                self._refuse(page.number, page.index, row["error"], row["is_os_error"])
+            ids.append([page.id for page, _ in row])
+            for page, failure in row:
+                if failure is None:
+                    self.pages.setdefault(page.id, page)
+                else:
+                    self.refuse(page, failure)
+        return ids
 
-    def _refuse(self, row: int, index: int, error: str, is_os_error: bool) -> None:
-        which = f", image {index}" if self.column.is_list else ""
-        message = f"Row {row}, column {self.column.column!r}{which}: {error}"
-        if self.raises:
-            raise OSError(message) if is_os_error else ValueError(message)
-        self.bad.append(message)
-
-    def warn(self) -> None:
-        """Name those that were passed over."""
-        if self.bad:
-            logger.warning("Left out the rows of %d images:\n%s", len(self.bad), list_some(self.bad, separator="\n"))
-
-
-# The result
+    def refuse(self, page: Page, error: str) -> None:
+        which = f", image {page.index}" if self.column.is_list else ""
+        self.bad.append(f"Row {page.number}, column {self.column.column!r}{which}: {error}")
+        if self.is_strict:
+            raise UnreadableImageError(self.bad[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,17 +220,184 @@ class ReadFeatures:
 
 
 def _with_column(
-    dataset: "datasets.Dataset", ids: list[list[str | None]], transform: ReadFeatures, is_list: bool
+    dataset: "datasets.Dataset", ids: list[list[str]], transform: ReadFeatures, is_list: bool
 ) -> "datasets.Dataset":
     """The dataset with the column of features, less the rows whose images could not be read."""
     import datasets
 
-    is_complete = [all(id in transform.table for id in row) for row in ids]
-    feature = datasets.Value("string")
+    complete = [number for number, row in enumerate(ids) if all(id in transform.table for id in row)]
     column = ids if is_list else [row[0] if row else None for row in ids]
-    dataset = dataset.with_format(None).add_column(
-        transform.column, column, feature=datasets.List(feature) if is_list else feature
-    )
-    if not all(is_complete):
-        dataset = dataset.select([row for row, complete in enumerate(is_complete) if complete])
+    feature = datasets.List(datasets.Value("string")) if is_list else datasets.Value("string")
+    dataset = dataset.with_format(None).add_column(transform.column, column, feature=feature)
+    if len(complete) < len(ids):
+        dataset = dataset.select(complete)
     return dataset.with_transform(transform)
+
+
+# Training from them
+
+
+@contextmanager
+def precomputed_features(model: nn.Module, *pages: "datasets.Dataset") -> Iterator[nn.Module]:
+    """Let the encoder inside a composite take its own tokens, computed before, in place of images.
+
+    Inside, `pixel_values` may be tokens [P, N, C], which the encoder hands on as its result; images [P, 3, H, W] are
+    encoded as ever. Nothing else changes: the encoder stays where it is, so that what `Trainer` or `save_pretrained`
+    write is the whole composite, and it does not compute. Losses are those of training with images as far as the
+    stored dtype and the sums of a batch of another size round alike; with mixed precision, the stored tokens are those
+    of an encoder outside of it.
+
+    Args:
+        model: A LLaVA, or any other module with one encoder of this package in it.
+        pages: The datasets to train and evaluate on, as `precompute_features` gave them, at least one.
+
+    Yields:
+        The model itself.
+
+    Raises:
+        TypeError: No dataset was given, or one has no features.
+        ValueError: There is no encoder in the model, or more than one; it is not frozen; it is not the one that
+            computed the features; or the composite reads another layer than its last.
+    """
+    encoder = _encoder_of(model)
+    _check_encoder(encoder, pages)
+    layer = getattr(getattr(model, "config", None), "vision_feature_layer", -1)
+    if layer not in (-1, [-1]):
+        raise ValueError(f"`vision_feature_layer` of the model is {layer}; only the last layer, -1, is stored.")
+    replaced = vars(encoder).get("forward")
+    # As accelerate's hooks do it: the module stays the one that optimizers, checkpoints and wrappers know.
+    encoder.forward = _replaying(encoder, encoder.forward)  # type: ignore[method-assign]
+    try:
+        yield model
+    finally:
+        del encoder.forward
+        if replaced is not None:
+            encoder.forward = replaced
+
+
+def _replaying(encoder: PreTrainedModel, encode: Callable[..., Any]) -> Callable[..., Any]:
+    """A `forward` that hands tokens on and gives everything else to the one that encodes."""
+    width = encoder.config.hidden_size
+
+    def forward(pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
+        if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 3:
+            return encode(pixel_values, **kwargs)
+        if pixel_values.shape[-1] != width or not pixel_values.is_floating_point():
+            given = f"{pixel_values.dtype} {list(pixel_values.shape)}"
+            raise ValueError(f"Features have to be floating-point numbers [images, tokens, {width}], got {given}.")
+        if kwargs.get("output_attentions"):
+            raise ValueError("`output_attentions` is true, but stored features come without attention weights.")
+        tokens = pixel_values.to(encoder.dtype)  # [P, N, C]
+        outputs = BaseModelOutputWithPooling(tokens, tokens.mean(dim=1), hidden_states=(tokens,))
+        return_dict = kwargs.get("return_dict")
+        return_dict = encoder.config.return_dict if return_dict is None else return_dict
+        return outputs if return_dict else outputs.to_tuple()
+
+    return forward
+
+
+def _encoder_of(model: nn.Module) -> PreTrainedModel:
+    """The one encoder inside a model."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and module.config.model_type == DeepSeekOCRVisionConfig.model_type
+    }
+    if len(found) != 1:
+        places = f"{len(found)} of them, at {list(found)}" if found else "none"
+        raise ValueError(f"`model` has to hold one DeepSeek-OCR encoder; a {type(model).__name__} has {places}.")
+    return next(iter(found.values()))
+
+
+def _check_encoder(encoder: PreTrainedModel, pages: Sequence[Any]) -> None:
+    trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise ValueError(
+            f"{len(trained)} tensors of the encoder are trainable, such as {trained[0]!r}, and stored features would "
+            "not follow them. Freeze it with `encoder.freeze()`, in a LLaVA `llava.model.vision_tower.freeze()`."
+        )
+    if not pages:
+        raise TypeError("Give the datasets that `precompute_features` returned: precomputed_features(model, pages).")
+    fingerprint = encoder_fingerprint(encoder)
+    for index, dataset in enumerate(pages):
+        transform = getattr(dataset, "format", {}).get("format_kwargs", {}).get("transform")
+        if not isinstance(transform, ReadFeatures):
+            raise TypeError(
+                f"Dataset {index}, a {type(dataset).__name__}, is none that `precompute_features` returned, or lost "
+                "its transform since, as by `with_format`."
+            )
+        if transform.table.settings["encoder"] != fingerprint:
+            raise ValueError(
+                f"Dataset {index} has features of another encoder than the one in the model, by weights, dtype or "
+                "configuration. Compute them by the model's own, in a LLaVA `llava.model.vision_tower`."
+            )
+
+
+class FeatureCollator(ImageTextCollator):
+    """`ImageTextCollator` for rows with features: `pixel_values` are tokens, and images are passed over.
+
+    Images of one number of tokens give `pixel_values` [P, N, C]; of several, as tiles make them, [1, N in all, C],
+    which is the same to a LLaVA. A batch without any image gets a blank one in pixels, for `touch_encoder`.
+
+    Args:
+        processor: As for `ImageTextCollator`.
+        features_column: Name of the column that `precompute_features` added.
+        padding_side: As for `ImageTextCollator`.
+        touch_encoder: As for `ImageTextCollator`.
+
+    Raises:
+        TypeError: As for `ImageTextCollator`.
+        ValueError: As for `ImageTextCollator`.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        features_column: str = "features",
+        padding_side: PaddingSide = "right",
+        touch_encoder: bool = True,
+    ):
+        super().__init__(processor, padding_side=padding_side, touch_encoder=touch_encoder)
+        self.features_column = features_column
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Make a batch of rows that `precompute_features` returned, as `ImageTextCollator` does of others.
+
+        Raises:
+            TypeError: What a row has for features are no tokens.
+            ValueError: As for `ImageTextCollator`, or a row has no column of features.
+        """
+        return super().__call__([self._with_features(sample, index) for index, sample in enumerate(samples)])
+
+    def _with_features(self, sample: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """A row with its features where `ImageTextCollator` looks for images."""
+        if self.features_column not in sample:
+            raise ValueError(f"Sample {index} of the batch has no {self.features_column!r}; it has {sorted(sample)}.")
+        features = sample[self.features_column]
+        features = [] if features is None else features if isinstance(features, list) else [features]
+        for each in features:
+            if not isinstance(each, torch.Tensor) or each.ndim != 2 or not each.is_floating_point():
+                raise TypeError(
+                    f"Sample {index} of the batch has a {type(each).__name__} under {self.features_column!r} that is "
+                    "no floating-point tensor [tokens, channels]. The transform that reads features gets lost by "
+                    "`with_format`; call `precompute_features` again, which finds what is stored."
+                )
+        others = {name: value for name, value in sample.items() if name not in ("image", "images")}
+        return others | {"images": features}
+
+    def _encode(
+        self, texts: list[str], images: list[Any], **options: Any
+    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        if not images or not isinstance(images[0], torch.Tensor):  # the blank image
+            return super()._encode(texts, images, **options)
+        dropped = getattr(self.processor, "vision_feature_select_strategy", "full") == "default"
+        counts = iter([len(tokens) - dropped for tokens in images])
+        expanded = []
+        for text in texts:
+            first, *others = text.split(self.processor.image_token)
+            expanded.append(first + "".join(self.processor.image_token * next(counts) + other for other in others))
+        token_ids = self.processor.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+        is_even = len({len(tokens) for tokens in images}) == 1
+        tokens = torch.stack(images) if is_even else torch.cat(images)[None]
+        return [torch.tensor(ids, dtype=torch.long) for ids in token_ids], {"pixel_values": tokens}
