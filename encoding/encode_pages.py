@@ -164,6 +164,7 @@ def encode_pages(
     summary = Summary(len(pages) - len(missing), 0, found.problems if number == 0 else [], dict(found.left_out))
     with tqdm(total=len(pages), initial=summary.num_pages, unit="page", disable=not show_progress) as bar:
         _follow(rows, table, summary, bar, 1 if ray is None else num_encoders, on_progress)
+    table.refresh()  # Ray writes elsewhere
     summary.num_pages = sum(page.id in table for page in pages)
     return summary
 

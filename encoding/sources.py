@@ -142,7 +142,8 @@ def _read_heic() -> None:
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
-    return read_image(image, "the image", input_data_format=None, do_convert_rgb=True, keeps_tensor=False)[0]
+    rgb: Any = read_image(image, "the image", input_data_format=None, do_convert_rgb=True, keeps_tensor=False)[0]
+    return rgb
 
 
 def digest_of(content: Content) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deepseek_ocr_vision.saving.staging import locked, staging_folder
+from deepseek_ocr_vision.saving.staging import PREFIX, locked, staging_folder
 
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class TokenTable:
         self.fs.makedirs(self.root, exist_ok=True)
         with self._locked():
             if not self.fs.isfile(self.path(SETTINGS)):
-                others = sorted(Path(name).name for name in self.fs.glob(self.path("*")))
+                names = sorted(Path(name).name for name in self.fs.glob(self.path("*")))
+                others = [name for name in names if not name.startswith(PREFIX)]  # a kill leaves a staging folder
                 if others:
                     raise ValueError(
                         f"{self.location} holds no table of tokens, but {others[0]!r}; name a new folder."
