@@ -23,7 +23,7 @@ from deepseek_ocr_vision.encoding.encoder import Inputs, Page
 from deepseek_ocr_vision.encoding.processes import Failure, attempt, map_in_processes
 from deepseek_ocr_vision.encoding.table import Problem
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import IMAGE_FORMATS, open_image, read_image
-from deepseek_ocr_vision.saving.checksums_deepseek_ocr_vision import sha256_of
+from deepseek_ocr_vision.saving.checksums import sha256_of
 
 
 if TYPE_CHECKING:
