@@ -58,11 +58,11 @@ def tiny_fields(fields: dict[str, Any]) -> dict[str, Any]:
     One SAM block attends in windows and one to the whole grid of 8 x 8 patches, which is no multiple of a window.
     `initializer_range` is large, so that new weights matter to the tokens.
     """
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
     sam = sizes | {"num_attention_heads": 2, "mlp_dim": 64, "window_size": 3, "global_attn_indexes": [1]}
     sam |= {"output_channels": 16, "downsample_channels": [24, 32], "image_size": 128}
     clip = sizes | {"num_attention_heads": 4, "intermediate_size": 64, "grid_size": 2}
-    stages = {"sam_config": sam, "clip_config": clip}
+    stages: dict[str, Any] = {"sam_config": sam, "clip_config": clip}
     for field, stage in stages.items():
         given = fields.get(field, {})
         stages[field] = stage | given if isinstance(given, dict) else given

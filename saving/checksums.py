@@ -103,7 +103,7 @@ def verify_loaded(source: str | os.PathLike | None, **hub_options: Any) -> list[
     """
     if source is None:
         raise ValueError("`verify_checksums` is true, but without a checkpoint there are no files to compare.")
-    path = cached_file(source, CHECKSUMS, **hub_options)
+    path: Any = cached_file(source, CHECKSUMS, **hub_options)
     return verify_checksums(os.path.dirname(path), allow_missing=not os.path.isdir(source))
 
 
