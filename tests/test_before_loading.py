@@ -419,5 +419,6 @@ def test_a_field_of_every_model_that_holds_something_else_is_named(saved, field,
     """Pins an `AttributeError` out of transformers that names no field."""
     change_config(saved, lambda config: config.update({field: value}))
     for load in (DeepSeekOCRVisionConfig.from_pretrained, AutoModel.from_pretrained):
-        with pytest.raises(ValueError, match=f"`{field}` is {value!r}"):
+        # transformers 5.0 has words of its own for some.
+        with pytest.raises(ValueError, match=f"`{field}` is {value!r}|Argument {field} should be"):
             load(saved)
