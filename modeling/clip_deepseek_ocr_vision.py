@@ -4,6 +4,8 @@ Letters in the shapes: B batch, H and W rows and columns of the token grid, N to
 channels.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -112,6 +114,16 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
             self.transformer = ClipTransformer(config)
         self.post_init()
 
-    def forward(self, feature_map: torch.Tensor, **switches: bool) -> BaseModelOutput:
+    def forward(
+        self,
+        feature_map: torch.Tensor,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
         # The stages may be of different dtypes.
-        return self.transformer(self.pre_layrnorm(self.embeddings(feature_map.to(self.dtype))), **switches)
+        hidden_states = self.pre_layrnorm(self.embeddings(feature_map.to(self.dtype)))
+        return self.transformer(
+            hidden_states, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+        )
