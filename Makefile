@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 VERSIONS := $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint constraints.txt)
 
-.PHONY: help finetune test test-demo test-official test-versions coverage lint types format docs bench constraints clean
+.PHONY: help finetune test test-demo test-official test-versions coverage lint format docs bench constraints clean
 
 help:
 	@echo "make finetune       teach a small encoder inside LLaVA to read handwriting: outputs/finetune;"
@@ -20,8 +20,7 @@ help:
 	@echo "make test-versions  run the most telling tests with the oldest and the newest versions, each in an"
 	@echo "                    environment of its own; TORCH=tested leaves torch as it is, ARGS=--help says what there is"
 	@echo "make coverage       run the tests and say which lines none of them reaches"
-	@echo "make lint           check format and style"
-	@echo "make types          check types"
+	@echo "make lint           check format, style and types"
 	@echo "make format         mend format and style"
 	@echo "make docs           build the site in build/site; a broken link is an error"
 	@echo "make bench          measure time and memory beside transformers' Unlimited-OCR: outputs/benchmarks.json;"
@@ -48,14 +47,12 @@ test-versions:
 coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
+# An editable installation has no folder with the package's name, which mypy looks for.
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-
-# An editable installation has no folder with the package's name, which mypy looks for.
-types: $(VENV)/.dev
 	mkdir -p build/types && ln -sfn ../.. build/types/deepseek_ocr_vision
-	$(BIN)/mypy $(ARGS)
+	$(BIN)/mypy
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

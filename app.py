@@ -423,7 +423,7 @@ def _lay_out_input() -> tuple[Any, ...]:
     settings: dict[str, Any] = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
     image = gr.Image(label="Page", height=300, elem_id="image", **settings)
     # In place of the method, as Gradio writes a file beside this one for each class of components.
-    image.preprocess = uploaded_file  # type: ignore[assignment, method-assign]
+    image.preprocess = uploaded_file
     mode = gr.Radio([AS_SAVED, *MODES], value=AS_SAVED, label="Mode", elem_id="mode")
     button = gr.Button("Show", variant="primary", elem_id="show")
     examples = gr.Examples(draw_examples(), image, cache_examples=False, elem_id="examples")

@@ -148,7 +148,7 @@ def encode_pages(
     require_integer("shard[1]", num_shards, at_least=1)
     require_integer("shard[0]", number, at_least=0, at_most=num_shards - 1)
 
-    work = {"num_workers": num_workers, "timeout": timeout}
+    work: dict[str, Any] = {"num_workers": num_workers, "timeout": timeout}
     found = find_pages(inputs, dpi=dpi, split=split, image_column=image_column, **work)
     if not found.pages and not found.problems:
         raise ValueError(f"There are no images, PDFs or pages in {[os.fspath(each) for each in inputs]}.")
@@ -289,7 +289,8 @@ class EncodePages:
             from deepseek_ocr_vision.weights import load_encoder
 
             model, image_processor = load_encoder(model)
-        model = model if device is None else model.to(device)
+        if device is not None:
+            model.to(device)  # type: ignore[arg-type]  # transformers wraps it as a plain function
         self.encoder = Encoder(model, image_processor, stored_type(tokens, model), batch_size)
         self.column = column
         self.dpi = dpi

@@ -41,7 +41,7 @@ class Page(NamedTuple):
     id: str
     source: str
     number: int
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # no use is made of the method of tuples
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import multiprocessing
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -38,7 +38,7 @@ def map_in_processes(
     num_workers: int,
     ahead: int = 0,
     timeout: float | None = None,
-) -> Iterator[tuple[Item, Any]]:
+) -> Generator[tuple[Item, Any], None, None]:
     """Each item with what a function makes of it, or the `Failure` to do so, in order.
 
     Args:
@@ -52,7 +52,8 @@ def map_in_processes(
         yield from ((item, attempt(function, item)) for item in items)
         return
     workers = [Worker(function) for _ in range(num_workers)]
-    free, pending = deque(workers), deque()
+    free = deque(workers)
+    pending: deque[tuple[Item, Future]] = deque()
     threads = ThreadPoolExecutor(num_workers)
 
     def call(item: Item) -> Any:

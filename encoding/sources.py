@@ -333,8 +333,9 @@ def find_pages(
         ValueError: A dataset has no such split or column.
     """
     _read_heic()
-    found, paths = Found(), {}
-    for given in map(os.fspath, inputs):
+    found = Found()
+    paths: dict[str, bool] = {}
+    for given in [os.fspath(each) for each in inputs]:
         if _is_dataset(given):
             _find_rows(Column.of(_loaded_dataset(given, split), given, image_column), found)
         elif os.path.isdir(given):
@@ -388,11 +389,10 @@ def _known_suffixes() -> set[str]:
 def _find_rows(column: Column, found: Found) -> None:
     found.sources[column.name] = column
     for row, pages in enumerate(column.pages()):
-        page, failure = pages[0] if pages else (None, None)
-        if len(pages) != 1:
-            failure = Failure(f"ValueError: the row has {len(pages) or 'no'} image{'s' * (len(pages) > 1)}.")
+        several = Failure(f"ValueError: the row has {len(pages) or 'no'} image{'s' * (len(pages) > 1)}.")
+        failure = pages[0][1] if len(pages) == 1 else several
         if failure is None:
-            found.pages.append(page)
+            found.pages.append(pages[0][0])
         else:
             found.problems.append(Problem(column.name, row, failure))
 

@@ -266,7 +266,7 @@ def precomputed_features(model: nn.Module, *pages: "datasets.Dataset") -> Iterat
         raise ValueError(f"`vision_feature_layer` of the model is {layer}; only the last layer, -1, is stored.")
     replaced = vars(encoder).get("forward")
     # As accelerate's hooks do it: the module stays the one that optimizers, checkpoints and wrappers know.
-    encoder.forward = _replaying(encoder, encoder.forward)  # type: ignore[method-assign]
+    encoder.forward = _replaying(encoder, encoder.forward)
     try:
         yield model
     finally:
