@@ -4,6 +4,7 @@ python examples/optical_memory.py --train_encoder true
 python docs/figures/page.py outputs/optical_memory/trained/composite     # writes docs/page.png
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def text_page() -> Image.Image:
     """The first page of licence and credits, in the letters that the example trains on."""
     renderer = TextRenderer(size=PAGE_SIZE, font=str(FONT), font_size=26, margin=32)
     text = "\n\n".join((ROOT / name).read_text() for name in ("LICENSE", "NOTICE"))
+    text = re.sub(r"(?<=\S)\n(?=\S)", " ", text)  # the page breaks the lines of a paragraph
     return next(renderer.pages(text)).image.convert("RGB")
 
 
