@@ -535,7 +535,7 @@ def test_images_that_are_not_resized_need_a_size_that_the_model_can_take():
     """The model would say so too, after the batch has travelled to it."""
     processor = DeepSeekOCRVisionImageProcessor(do_resize=False)
     assert processor(new_image(64, 128), return_tensors="pt").pixel_values.shape == (1, 3, 64, 128)
-    with pytest.raises(ValueError, match=r"images\[1\]: 48 x 80 .* nearest size is 64 x 64"):
+    with pytest.raises(ValueError, match=r"images\[1\] is 48 x 80 .* nearest size is 64 x 64"):
         processor([new_image(64, 64), new_image(48, 80)])
     with pytest.raises(ValueError, match=r"differ in shape: \[\(3, 64, 64\), \(3, 64, 128\)\]"):
         processor([new_image(64, 64), new_image(64, 128)], return_tensors="pt")
