@@ -204,7 +204,7 @@ def test_what_is_replaced_while_loading_replaces_what_belongs_to_it(tmp_path):
     [
         ({"mode": "huge"}, "`mode` is 'huge'.*'tiny', 'small', 'base', 'large', 'gundam'"),
         ({"mode": "base", "preset": "deepseek-ocr-encoder"}, "`mode` is 'base'; with preset 'deepseek-ocr-encoder'"),
-        ({"tile_size": 100}, "tile_size: 100 x 100 .* nearest size is 128 x 128"),
+        ({"tile_size": 100}, "tile_size is 100 x 100 .* nearest size is 128 x 128"),
         ({"tile_size": 0}, "nearest size is 64 x 64"),
         ({"max_patches": 1}, "`max_patches` is 1; .* at least 2"),
         ({"mode": "gundam", "do_resize": False}, "`do_resize` is False, but `mode` 'gundam'"),
