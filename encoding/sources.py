@@ -389,10 +389,13 @@ def _known_suffixes() -> set[str]:
 def _find_rows(column: Column, found: Found) -> None:
     found.sources[column.name] = column
     for row, pages in enumerate(column.pages()):
-        several = Failure(f"ValueError: the row has {len(pages) or 'no'} image{'s' * (len(pages) > 1)}.")
-        failure = pages[0][1] if len(pages) == 1 else several
+        if len(pages) != 1:
+            error = f"ValueError: the row has {len(pages) or 'no'} image{'s' * (len(pages) > 1)}."
+            found.problems.append(Problem(column.name, row, error))
+            continue
+        ((page, failure),) = pages
         if failure is None:
-            found.pages.append(pages[0][0])
+            found.pages.append(page)
         else:
             found.problems.append(Problem(column.name, row, failure))
 
