@@ -16,6 +16,7 @@ from deepseek_ocr_vision.composites.deepseek_ocr_weights import IMAGE_TOKEN, loc
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import ModeName
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
 from deepseek_ocr_vision.processing.image_processing_deepseek_ocr_vision import TOKEN_SIZE
+from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import named_images
 
 
 PROMPTS = {
@@ -126,7 +127,8 @@ class DeepSeekOCRProcessor(ProcessorMixin):
         if kwargs.pop("add_special_tokens", True):
             texts = [self._begun(entry) for entry in texts]
         images = None if isinstance(images, list | tuple) and not images else images
-        num_tokens, num_images = sum(entry.count(self.image_token) for entry in texts), _count(images)
+        num_tokens = sum(entry.count(self.image_token) for entry in texts)
+        num_images = 0 if images is None else len(list(named_images(images, "images")))
         if num_tokens != num_images:
             raise ValueError(f"The texts hold {num_tokens} {self.image_token}, and there are {num_images} images.")
         return super().__call__(images=images, text=texts, add_special_tokens=False, **kwargs)
@@ -143,14 +145,6 @@ class DeepSeekOCRProcessor(ProcessorMixin):
             height, width = (side // TOKEN_SIZE for side in image_inputs["pixel_values_local"][0].shape[-2:])
             views.append([rows * height, columns * width])
         return self.image_token * (1 + sum(height * (width + 1) for height, width in views))
-
-
-def _count(images: Any) -> int:
-    if images is None:
-        return 0
-    if isinstance(images, list | tuple):
-        return sum(map(_count, images))
-    return len(images) if getattr(images, "ndim", 3) == 4 else 1
 
 
 AutoProcessor.register(DeepSeekOCRConfig, DeepSeekOCRProcessor, exist_ok=True)
