@@ -31,7 +31,7 @@ NOTEBOOK = ROOT / "examples" / "first_ten_minutes.ipynb"
 # How many blocks of a page cannot be run, each with its reason in the page.
 NOT_RUN = {"deepseek_ocr.md": 1, "encoding.md": 1, "migrating.md": 3, "weights.md": 1}
 # Commands and modules of other people.
-FOREIGN = {"pip", "git", "timeit"}
+FOREIGN = {"git", "pip", "swift", "timeit"}
 
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.S | re.M
