@@ -25,7 +25,8 @@ def result(read: list[str], written: list[str], **fields) -> scores.RunResult:
     """A result of a run of four steps."""
     history = [{"step": step, "loss": 16.0 / step**2, "learning_rate": 1e-3 / step} for step in range(1, 5)]
     facts = {"name": "trained", "history": history, "trainable_parameters": 7, "changed_encoder_tensors": 3}
-    facts |= {"encoder_tensors": 3, "step": 4, "loss": 1.0}
+    facts |= {"encoder_tensors": 3, "step": 4, "loss": 1.0, "seconds_per_page": 0.25}
+    facts |= {"text_tokens_per_vision_token": 6.5}
     return scores.RunResult(read=read, written=written, **(facts | fields))
 
 
@@ -52,6 +53,13 @@ def test_one_inserted_letter_is_one_error():
     """Pins a score by position, which was 0 % once a letter was inserted at the start."""
     text = "a receipt of many words"
     assert report.character_error_rate(["x" + text], [text]) == 1 / len(text)
+
+
+def test_reports_say_how_fast_pages_are_read_and_how_full_they_are():
+    """Pins a reader that would be judged by its error rate alone."""
+    rows = dict(scores.score_rows([result(["a"], ["a"])]))
+    assert rows["seconds to read a page"] == "0.25"
+    assert rows["text tokens for each vision token"] == "6.50"
 
 
 def test_the_error_rates_lead_and_one_run_does_not_speak_of_two():

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def run(name: str, job: Job) -> RunResult:
     facts = train_and_save(name, job, folder=folder, composite=composite)
     gc.collect()  # what training needed, before the saved model is loaded
     torch.cuda.empty_cache()
-    read, written = read_pages(composite, job, range(len(job.pages["held_out"])))
+    read, written, seconds = read_pages(composite, job, range(len(job.pages["held_out"])))
+    facts |= {"seconds_per_page": seconds, "text_tokens_per_vision_token": text_per_vision_token(written, job)}
     result = RunResult(name=name, read=read, written=written, **facts)
     on_main_process(lambda: result.save(result_file))
     if name == FROZEN:  # only its readings are of use
@@ -257,7 +259,8 @@ def rehearse(model: LlavaForConditionalGeneration, job: Job) -> None:
         saved = LlavaForConditionalGeneration.from_pretrained(folder / "composite")
         read, written = read_with(saved, job, rows, most_tokens=2)
         facts = {"history": [{"step": 0}], "trainable_parameters": 1, "changed_encoder_tensors": 0}
-        facts |= {"encoder_tensors": 1, "step": 0, "loss": 0.0}
+        facts |= {"encoder_tensors": 1, "step": 0, "loss": 0.0, "seconds_per_page": 1.0}
+        facts |= {"text_tokens_per_vision_token": text_per_vision_token(written, job)}
         job.report([RunResult(name=TRAINED, read=read, written=written, **facts)], folder, None)
 
 
@@ -283,19 +286,29 @@ def require_space(model: LlavaForConditionalGeneration, job: Job, folder: Path) 
 # Reading
 
 
-def read_pages(composite: Path, job: Job, rows: range) -> tuple[list[str], list[str]]:
+def text_per_vision_token(texts: list[str], job: Job) -> float:
+    """Tokens of the texts of pages, for each token that the encoder makes of them."""
+    image_processor, size = job.processor.image_processor, job.processor.image_processor.size
+    lengths = [len(ids) for ids in job.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return sum(lengths) / (len(texts) * image_processor.num_image_tokens(size["height"], size["width"]))
+
+
+def read_pages(composite: Path, job: Job, rows: range) -> tuple[list[str], list[str], float]:
     """Let a saved composite write, greedily, what is on each held-out page; each process reads a part of them.
 
     Returns:
-        What was read and what is written there, in the order of the pages.
+        What was read and what is written there, in the order of the pages, and the seconds that this process took for
+        a page, its share of a batch.
     """
     state = PartialState()
     model = LlavaForConditionalGeneration.from_pretrained(composite).to(state.device)
     part = rows[state.process_index :: state.num_processes]
+    start = time.perf_counter()
     read, written = read_with(model, job, part)
+    seconds = (time.perf_counter() - start) / max(1, len(part))
     gathered = gather_object(list(zip(part, read, written, strict=True)))
     ordered = sorted(gathered)
-    return [text for _, text, _ in ordered], [text for _, _, text in ordered]
+    return [text for _, text, _ in ordered], [text for _, _, text in ordered], seconds
 
 
 @torch.no_grad()

@@ -19,10 +19,14 @@ class RunResult(Result):
     Attributes:
         step: The step whose weights were saved.
         loss: The saved model's loss on held-out pages.
+        seconds_per_page: How long the saved model read a page, of a batch its share.
+        text_tokens_per_vision_token: Tokens of text on held-out pages for each token that the encoder makes of them.
     """
 
     step: int
     loss: float
+    seconds_per_page: float
+    text_tokens_per_vision_token: float
 
 
 def word_error_rate(read: list[str], written: list[str]) -> float:
@@ -42,6 +46,8 @@ def score_rows(results: list[RunResult]) -> list[tuple[str, ...]]:
         row("character error rate", lambda r: f"{character_error_rate(r.read, r.written):.2%}"),
         row("word error rate", lambda r: f"{word_error_rate(r.read, r.written):.2%}"),
         row("pages read without a mistake", lambda r: f"{page_accuracy(r.read, r.written):.1%}"),
+        row("seconds to read a page", lambda r: f"{r.seconds_per_page:.2g}"),
+        row("text tokens for each vision token", lambda r: f"{r.text_tokens_per_vision_token:.2f}"),
         row("loss", lambda r: f"{r.loss:.4f}"),
         row("step that was saved", lambda r: f"{r.step:,}"),
         row("parameters trained", lambda r: f"{r.trainable_parameters:,}"),
