@@ -19,7 +19,8 @@ from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisi
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
 from deepseek_ocr_vision.encoding import encode_pages
-from deepseek_ocr_vision.encoding.sources import close_documents, find_pages, page_of
+from deepseek_ocr_vision.encoding.encoder import printable
+from deepseek_ocr_vision.encoding.sources import close_documents, find_pages, open_page, page_of
 from deepseek_ocr_vision.modeling.threads import fit_threads
 from deepseek_ocr_vision.saving.checksums import write_checksums
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
@@ -131,14 +132,7 @@ def read(options: argparse.Namespace) -> int:
     from deepseek_ocr_vision.composites.read_pages import load_reader, prompt_of, read_page
 
     prompt = prompt_of(options.prompt)
-    where: dict[str, Any] = {
-        "dpi": options.dpi,
-        "split": "train",
-        "image_column": "image",
-        "num_workers": 0,
-        "timeout": None,
-    }
-    found = find_pages(options.pages, **where)
+    found = find_pages(options.pages)
     names: tuple[str, ...] = ("mode", "dtype", "device", "revision", "cache_dir")
     model, processor = load_reader(options.model, **{name: getattr(options, name) for name in names})
     names = ("max_new_tokens", "ngram_size", "window_size")
@@ -147,11 +141,12 @@ def read(options: argparse.Namespace) -> int:
     sys.stderr.writelines(f"Left out ({kind}): {', '.join(names)}\n" for kind, names in found.left_out.items())
     num_read = 0
     for page in found.pages:
-        name = f"{page.source}, page {page.number + 1}"
+        name = f"{printable(page.source)}, page {page.number + 1}"
         sys.stderr.write(f"{name}\n")
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
-            read_page(model, processor, found.sources[page.source].read(page), **choices, streamer=streamer)
+            image = open_page(page, found.columns, dpi=options.dpi)
+            read_page(model, processor, image, **choices, streamer=streamer)
             num_read += 1
         except (OSError, ValueError) as error:
             failed.append(f"{name}: {error}")

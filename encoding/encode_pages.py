@@ -6,7 +6,7 @@ before: one process, several that share the pages, or Ray.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -24,9 +24,9 @@ from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import (
 )
 from deepseek_ocr_vision.encoding.encoder import Encoder, Page
 from deepseek_ocr_vision.encoding.on_ray import encode_on_ray
-from deepseek_ocr_vision.encoding.processes import attempt, map_in_processes
-from deepseek_ocr_vision.encoding.sources import Column, File, Prepare, close_documents, find_pages, printable
-from deepseek_ocr_vision.encoding.table import ERRORS, STORED_TYPES, Problem, TokenTable
+from deepseek_ocr_vision.encoding.processes import Failure, attempt, map_in_processes
+from deepseek_ocr_vision.encoding.sources import Prepare, close_documents, find_pages, find_pages_in
+from deepseek_ocr_vision.encoding.table import ERRORS, STORED_TYPES, Problem, TokenTable, require_pyarrow
 
 
 if TYPE_CHECKING:
@@ -59,12 +59,20 @@ class Summary:
     seconds: float = 0.0
     busy: float = 0.0
 
+    @property
+    def pages_per_second(self) -> float:
+        """New pages a second."""
+        return self.num_new / self.seconds if self.num_new else 0.0
+
+    def progress(self, total: int, *, is_done: bool) -> dict[str, Any]:
+        """What `on_progress` is called with."""
+        counts = {"pages": self.num_pages, "total": total, "errors": len(self.problems)}
+        return counts | {"pages_per_second": self.pages_per_second, "encoder_share": self.busy, "done": is_done}
+
     def __str__(self) -> str:
         parts = [f"{self.num_pages:,} page{'s' * (self.num_pages != 1)} stored, {self.num_new:,} of them new"]
         if self.num_new:
-            parts.append(
-                f"{self.num_new / self.seconds:.1f} a second, the encoder at work {self.busy:.0%} of the time"
-            )
+            parts.append(f"{self.pages_per_second:.1f} a second, the encoder at work {self.busy:.0%} of the time")
         if self.problems:
             parts.append(f"{len(self.problems):,} could not be encoded, see errors.jsonl")
         for kind, names in self.left_out.items():
@@ -119,7 +127,7 @@ def encode_pages(
         image_column: Of a dataset: images, or paths of images.
         shard: Which share of the pages to encode, counted from 0, and of how many. Shares have about as many pages
             each, and none in common; the problems are in a file for each.
-        ray: Address of a Ray cluster, or `"local"`: actors of Ray read, encode and write.
+        ray: Address of a Ray cluster, or `"local"`: actors of Ray read and encode, and this process writes.
         num_encoders: Encoders on Ray.
         gpus_per_encoder: GPUs of each of them, or a fraction of one.
         show_progress: Whether to draw a bar.
@@ -149,7 +157,7 @@ def encode_pages(
     require_integer("shard[0]", number, at_least=0, at_most=num_shards - 1)
 
     work: dict[str, Any] = {"num_workers": num_workers, "timeout": timeout}
-    found = find_pages(inputs, dpi=dpi, split=split, image_column=image_column, **work)
+    found = find_pages(inputs, split=split, image_column=image_column, **work)
     if not found.pages and not found.problems:
         raise ValueError(f"There are no images, PDFs or pages in {[os.fspath(each) for each in inputs]}.")
     pages = [page for page in found.pages if int(page.id[:12], 16) % num_shards == number]
@@ -157,15 +165,17 @@ def encode_pages(
     errors = ERRORS if num_shards == 1 else f"errors-{number}-of-{num_shards}.jsonl"
     table = TokenTable(out, encoder.settings(dpi=dpi), errors=errors)
     missing = {page.id: page for page in pages if page.id not in table}
-    encode: Callable[..., Iterator[pyarrow.Table]] = encode_locally
-    if ray is not None and missing:
+    encode: Callable[..., Generator[pyarrow.Table, None, None]] = encode_locally
+    if ray is not None:
         encode = partial(encode_on_ray, address=ray, num_encoders=num_encoders, gpus_per_encoder=gpus_per_encoder)
-    rows = encode(table, encoder, found.sources, missing, pages_per_file=pages_per_file, **work)
+    prepare = Prepare(found.columns, image_processor, model.dtype, dpi)
+    rows = write_parts(table, encode(encoder, prepare, missing.values(), **work), pages_per_file)
     summary = Summary(len(pages) - len(missing), 0, found.problems if number == 0 else [], dict(found.left_out))
     with tqdm(total=len(pages), initial=summary.num_pages, unit="page", disable=not show_progress) as bar:
         _follow(rows, table, summary, bar, 1 if ray is None else num_encoders, on_progress)
-    table.refresh()  # Ray writes elsewhere
     summary.num_pages = sum(page.id in table for page in pages)
+    if on_progress is not None:
+        on_progress(summary.progress(len(pages), is_done=True))
     return summary
 
 
@@ -183,72 +193,58 @@ def _follow(
     on_progress: Callable[[dict[str, Any]], None] | None,
 ) -> None:
     """Take notice of rows as they are computed: in the summary, the bar, the file of problems, and `on_progress`."""
-    started, reported, computed, num_stored = time.perf_counter(), 0.0, 0.0, summary.num_pages
-
-    def report(*, is_done: bool) -> None:
-        if on_progress is not None:
-            counts = {"pages": num_stored + summary.num_new, "total": bar.total, "errors": len(summary.problems)}
-            rate = summary.num_new / max(summary.seconds, 1e-9)
-            on_progress(counts | {"pages_per_second": rate, "encoder_share": summary.busy, "done": is_done})
-
+    started, reported, computed = time.perf_counter(), 0.0, 0.0
     table.write_problems(summary.problems)
     try:
-        for rows in batches:
-            for row in rows.select(["source", "page", "seconds", "error"]).to_pylist():
-                if row["error"] is None:
-                    summary.num_new += 1
-                    computed += row["seconds"]
-                else:
-                    summary.problems.append(Problem(row["source"], row["page"], row["error"]))
-            bar.update(len(rows))
+        for batch in batches:
+            rows = batch.select(["source", "page", "seconds", "error"]).to_pylist()
+            problems = [Problem(row["source"], row["page"], row["error"]) for row in rows if row["error"] is not None]
+            computed += sum(row["seconds"] or 0 for row in rows)
+            summary.problems += problems
+            summary.num_new += len(rows) - len(problems)
+            summary.num_pages += len(rows) - len(problems)
             summary.seconds = time.perf_counter() - started
             summary.busy = min(1.0, computed / summary.seconds / num_encoders)
+            bar.update(len(rows))
+            if problems and table.is_local:
+                table.add_problems(problems)
             if summary.seconds - reported > _SECONDS_BETWEEN_REPORTS:
                 reported = summary.seconds
-                table.write_problems(summary.problems)
-                report(is_done=False)
+                if not table.is_local:
+                    table.write_problems(summary.problems)
+                if on_progress is not None:
+                    on_progress(summary.progress(bar.total, is_done=False))
     finally:
         close_documents()
         table.write_problems(summary.problems)
     summary.seconds = time.perf_counter() - started
-    report(is_done=True)
-
-
-# One process
 
 
 def encode_locally(
-    table: TokenTable,
-    encoder: Encoder,
-    sources: Mapping[str, File | Column],
-    pages: Mapping[str, Page],
-    *,
-    num_workers: int,
-    timeout: float | None,
-    pages_per_file: int,
-) -> "Iterator[pyarrow.Table]":
-    """Encode pages that a table lacks, by their ids, and write them, part by part.
-
-    Yields:
-        The rows, with their errors, batch by batch, once they are computed.
-    """
-    import pyarrow as pa
-
-    prepare = Prepare(sources, encoder.image_processor, encoder.model.dtype)
+    encoder: Encoder, prepare: Prepare, pages: Iterable[Page], *, num_workers: int, timeout: float | None
+) -> "Generator[pyarrow.Table, None, None]":
+    """Rows of pages, batch by batch, once they are computed; workers prepare while this process encodes."""
     ahead = 2 * encoder.batch_size
-    prepared = map_in_processes(prepare, pages.values(), num_workers=num_workers, ahead=ahead, timeout=timeout)
+    prepared = map_in_processes(prepare, pages, num_workers=num_workers, ahead=ahead, timeout=timeout)
+    with closing(prepared):
+        yield from encoder.encode(prepared)
+
+
+def write_parts(
+    table: TokenTable, batches: "Generator[pyarrow.Table, None, None]", pages_per_file: int
+) -> "Iterator[pyarrow.Table]":
+    """Write batches of rows, part by part, and hand each on once it is computed."""
+    pa = require_pyarrow()
     part: list[pyarrow.Table] = []
-    written: Future | None = None
-    with closing(prepared), ThreadPoolExecutor(1) as thread:
-        for rows in encoder.encode(prepared):
+    with closing(batches), ThreadPoolExecutor(1) as thread:
+        written: Future = thread.submit(bool)  # the part before
+        for rows in batches:
             part.append(rows)
             yield rows
             if sum(map(len, part)) >= pages_per_file or sum(each.nbytes for each in part) >= _PART_BYTES:
-                if written is not None:
-                    written.result()
+                written.result()
                 written, part = thread.submit(table.write, pa.concat_tables(part)), []
-        if written is not None:
-            written.result()
+        written.result()
         if part:
             table.write(pa.concat_tables(part))
 
@@ -301,18 +297,17 @@ class EncodePages:
         Args:
             batch: Columns by name: a dictionary, a data frame or an Arrow table.
         """
-        import pyarrow as pa
-
         contents = batch[self.column]
         contents = contents.to_pylist() if hasattr(contents, "to_pylist") else list(contents)
-        return pa.concat_tables(self.encoder.encode(self._prepared(contents)))
+        return require_pyarrow().concat_tables(self.encoder.encode(self._prepared(contents)))
 
     def _prepared(self, contents: list[str | bytes]) -> Iterator[tuple[Page, Any]]:
         for number, content in enumerate(contents):
-            name = printable(content) if isinstance(content, str) else f"{self.column} {number} of the batch"
-            file = attempt(partial(File.find, name=name, dpi=self.dpi), content)
-            if not isinstance(file, File):
-                yield Page("", name, 0), file
+            name = content if isinstance(content, str) else f"{self.column} {number} of the batch"
+            found = attempt(partial(find_pages_in, source=name), content)
+            if isinstance(found, Failure):
+                yield Page("", name, 0), found
                 continue
-            prepare = Prepare({name: file}, self.encoder.image_processor, self.encoder.model.dtype)
-            yield from ((page, attempt(prepare, page)) for page in file.pages())
+            contents_by_name = {name: content} if isinstance(content, bytes) else {}
+            prepare = Prepare(contents_by_name, self.encoder.image_processor, self.encoder.model.dtype, self.dpi)
+            yield from ((page, attempt(prepare, page)) for page in found[0])

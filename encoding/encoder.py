@@ -5,9 +5,11 @@ Letters in the shapes: B images of a batch, N tokens of an image, C channels.
 
 import hashlib
 import inspect
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,7 +35,7 @@ class Page(NamedTuple):
 
     Attributes:
         id: SHA-256 of the image's file; of a page of a document that of the document, a colon, and the number.
-        source: Name of the file or dataset.
+        source: Path of the file, or name of the dataset.
         number: Page of the file or row of the dataset, counted from 0.
         index: Which of the images of a row.
     """
@@ -68,46 +70,37 @@ class Encoder:
 
     def encode(self, prepared: Iterable[tuple[Page, Inputs | Failure]]) -> "Iterator[pyarrow.Table]":
         """Rows of a table, batch by batch; that of an image that could not be encoded has an `error` for tokens."""
-        batch: list[tuple[Page, Inputs]] = []
-        for page, inputs in prepared:
-            if isinstance(inputs, Failure):
-                yield self._failed(page, inputs)
-                continue
-            if batch and not _are_alike(batch[0][1], inputs):
-                yield from self._rows(batch)
-                batch = []
-            batch.append((page, inputs))
-            if len(batch) == self.batch_size:
-                yield from self._rows(batch)
-                batch = []
-        if batch:
-            yield from self._rows(batch)
+        for shapes, alike in groupby(prepared, key=lambda pair: _shapes(pair[1])):
+            while batch := list(islice(alike, self.batch_size)):
+                yield self._failed(batch) if shapes is None else self._encoded(batch)
 
-    def _rows(self, batch: Sequence[tuple[Page, Inputs]]) -> "Iterator[pyarrow.Table]":
+    def _encoded(self, batch: Sequence[tuple[Page, Any]]) -> "pyarrow.Table":
         started = time.perf_counter()
         tokens = self._tokens([inputs for _, inputs in batch])
-        yield from self.rows_of(batch, tokens, seconds=(time.perf_counter() - started) / len(batch))
+        return self.rows_of(batch, tokens, seconds=(time.perf_counter() - started) / len(batch))
 
     def rows_of(
-        self, batch: Sequence[tuple[Page, Inputs]], tokens: Sequence[torch.Tensor], *, seconds: float
-    ) -> "Iterator[pyarrow.Table]":
-        """The rows of a batch, of which each took some seconds."""
-        rows, kept = [], []
+        self, batch: Sequence[tuple[Page, Any]], tokens: Sequence[torch.Tensor], *, seconds: float
+    ) -> "pyarrow.Table":
+        """The rows of a batch, of which each took some seconds. Tokens that are not finite are none."""
+        rows, kept, failed = [], [], []
         for (page, inputs), each in zip(batch, tokens, strict=True):
             if not each.isfinite().all():
-                yield self._failed(page, f"its tokens are not finite in {each.dtype}; another type may hold them.")
+                failed.append((page, f"its tokens are not finite in {each.dtype}; another type may hold them."))
                 continue
             sides = [side // self.model.config.patch_size for side in inputs["pixel_values"].shape[-2:]]
-            row = {"id": page.id, "source": page.source, "page": page.number, "grid": sides, "seconds": seconds}
-            rows.append(row | {"patches_grid": inputs.get("patches_grid", [[1, 1]])[0], "error": None})
+            tiles = inputs.get("patches_grid", [[1, 1]])[0]
+            rows.append(_row(page) | {"grid": sides, "patches_grid": tiles, "seconds": seconds})
             kept.append(each)
-        if rows:
-            columns = {name: [row[name] for row in rows] for name in rows[0]} | token_columns(kept, self.stored)
-            yield require_pyarrow().Table.from_pydict(columns, schema=_schema_in_flight(self.stored))
+        if not rows:
+            return self._failed(failed)
+        columns = {name: [row[name] for row in rows] for name in rows[0]} | token_columns(kept, self.stored)
+        encoded = require_pyarrow().Table.from_pydict(columns, schema=_schema_in_flight(self.stored))
+        return require_pyarrow().concat_tables([encoded, self._failed(failed)])
 
-    def _failed(self, page: Page, error: str) -> "pyarrow.Table":
-        row = {"id": page.id, "source": page.source, "page": page.number, "error": str(error)}
-        return require_pyarrow().Table.from_pylist([row], schema=_schema_in_flight(self.stored))
+    def _failed(self, failures: Iterable[tuple[Page, Any]]) -> "pyarrow.Table":
+        rows = [_row(page, str(error)) for page, error in failures]
+        return require_pyarrow().Table.from_pylist(rows, schema=_schema_in_flight(self.stored))
 
     def _tokens(self, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
         """The tokens of images that are alike, a tensor [N, C] each, on the CPU."""
@@ -122,15 +115,25 @@ class Encoder:
         return [row[is_token] for row, is_token in zip(tokens, mask.cpu(), strict=True)]
 
 
+def _row(page: Page, error: str | None = None) -> dict[str, Any]:
+    return {"id": page.id, "source": printable(page.source), "page": page.number, "error": error}
+
+
+def printable(path: str) -> str:
+    r"""A path as text that can be stored; bytes that are not UTF-8 as `\xff`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def _schema_in_flight(stored: str) -> "pyarrow.Schema":
     pa = require_pyarrow()
     return table_schema(stored).append(pa.field("error", pa.string()))
 
 
-def _are_alike(first: Inputs, second: Inputs) -> bool:
-    """Whether two images fit into one batch: pages of one size, and tiles of one size, however many."""
-    shapes = [{name: getattr(value, "shape", (0,))[1:] for name, value in each.items()} for each in (first, second)]
-    return shapes[0] == shapes[1]
+def _shapes(inputs: Inputs | Failure) -> dict[str, Any] | None:
+    """What images of one batch have in common: pages of one size, and tiles of one size, however many."""
+    if isinstance(inputs, Failure):
+        return None
+    return {name: getattr(value, "shape", (0,))[1:] for name, value in inputs.items()}
 
 
 def _joined(values: list[Any], device: torch.device) -> Any:
@@ -144,29 +147,22 @@ def encoder_fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of all that an encoder's tokens depend on: its weights, bit by bit, and its configuration.
 
     How attention is computed (`attn_implementation`) is left out: it changes nothing but rounding.
-    """
-    digest = hashlib.sha256(canonical(_fields(model.config)))
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:
-            tensor = _offloaded(model, name)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _offloaded(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """A weight that accelerate keeps elsewhere until its module is called.
 
     Raises:
-        ValueError: It is nowhere.
+        ValueError: A weight is nowhere.
     """
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    with align_module_device(module):
-        tensor = getattr(module, leaf).detach()
-    if tensor.is_meta:
-        raise ValueError(f"The model's {name} is on the meta device and has no values.")
-    return tensor
+    digest = hashlib.sha256(canonical(_fields(model.config)))
+    for name in sorted(model.state_dict()):
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        with align_module_device(module):  # accelerate may keep it elsewhere until its module is called
+            tensor = getattr(module, leaf).detach()
+            if tensor.is_meta:
+                raise ValueError(f"The model's {name} is on the meta device and has no values.")
+            tensor = tensor.cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -12,16 +12,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
-from deepseek_ocr_vision.encoding.encoder import Inputs, Page
+from deepseek_ocr_vision.encoding.encoder import Inputs, Page, printable
 from deepseek_ocr_vision.encoding.processes import Failure, attempt, map_in_processes
-from deepseek_ocr_vision.encoding.table import Problem
+from deepseek_ocr_vision.encoding.table import Problem, require
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import IMAGE_FORMATS, open_image, read_image
 from deepseek_ocr_vision.saving.checksums import sha256_of
 
@@ -41,61 +41,22 @@ Content = str | bytes
 # Files
 
 
-@dataclass(frozen=True)
-class File:
-    """An image, or a document: a PDF or a TIFF of several pages.
+def find_pages_in(content: Content, source: str) -> tuple[list[Page], str | None]:
+    """The pages of an image or of a document, a PDF or a TIFF of several pages, and which of its frames are none.
 
-    Attributes:
-        content: Its path, or its bytes.
-        name: What its pages are stored under.
-        dpi: Pixels an inch that the pages of a PDF are rendered with.
-        digest: SHA-256 of what is in it.
-        numbers: Those of its pages, from 0; `None` of an image that is no document.
-        left_out: Which of its frames are no pages, if there are such.
+    Raises:
+        OSError: The file cannot be read, or is none that is known.
+        ValueError: It is a PDF that is broken, encrypted or without pages.
     """
-
-    content: Content
-    name: str
-    dpi: float
-    digest: str
-    numbers: Sequence[int] | None
-    left_out: str | None = None
-
-    @classmethod
-    def find(cls, content: Content, *, name: str, dpi: float) -> "File":
-        """The file, with the number of its pages.
-
-        Raises:
-            OSError: It cannot be read, or is none that is known.
-            ValueError: It is a PDF that is broken, encrypted or without pages.
-        """
-        digest = digest_of(content)
-        with closing(_open(content)) as document:
-            if not isinstance(document, Image.Image):
-                return cls(content, name, dpi, digest, range(len(document)))
-            frames = range(getattr(document, "n_frames", 1))
-            if document.format != "TIFF" or len(frames) == 1:
-                return cls(content, name, dpi, digest, None, "frames after the first" if len(frames) > 1 else None)
-            numbers = [number for number in frames if not _is_copy(document, number)]
-            left_out = "smaller copies in a TIFF" if len(numbers) < len(frames) else None
-            return cls(content, name, dpi, digest, numbers, left_out)
-
-    def pages(self) -> list[Page]:
-        if self.numbers is None:
-            return [Page(self.digest, self.name, 0)]
-        return [Page(f"{self.digest}:{number}", self.name, number) for number in self.numbers]
-
-    def read(self, page: Page) -> Image.Image:
-        document = _open_same(self.content, self.digest, os.getpid())
-        if self.numbers is None:
-            return document
-        try:
-            return _page_of(document, page.number, self.dpi)
-        except (MemoryError, OSError, ValueError):
-            raise
-        except Exception as error:
-            # As broken bytes lead them, decoders raise PdfiumError, SyntaxError, struct.error, EOFError, ...
-            raise ValueError(f"the page cannot be read: {type(error).__name__}: {error}") from error
+    digest = digest_of(content)
+    with closing(_open(content)) as document:
+        is_image = isinstance(document, Image.Image)
+        frames = range(getattr(document, "n_frames", 1) if is_image else len(document))
+        if is_image and (document.format != "TIFF" or len(frames) == 1):
+            return [Page(digest, source, 0)], "frames after the first" if len(frames) > 1 else None
+        numbers = [number for number in frames if not (is_image and _is_copy(document, number))]
+    left_out = "smaller copies in a TIFF" if len(numbers) < len(frames) else None
+    return [Page(f"{digest}:{number}", source, number) for number in numbers], left_out
 
 
 def _is_copy(image: Image.Image, number: int) -> bool:
@@ -105,6 +66,33 @@ def _is_copy(image: Image.Image, number: int) -> bool:
         return number > 0 and bool(image.tag_v2.get(_NEW_SUBFILE_TYPE, 0) & 1)  # type: ignore[attr-defined]
     except Exception:
         return False  # reading it says what is wrong
+
+
+def open_page(page: Page, contents: Mapping[str, "Column | bytes"], *, dpi: float) -> Image.Image:
+    """A page, as far as Pillow opens it.
+
+    Args:
+        page: The page.
+        contents: What there is under the names of sources that are no paths of files.
+        dpi: Pixels an inch that a PDF is rendered with.
+
+    Raises:
+        OSError, ValueError: It cannot be read, or the file has changed.
+    """
+    content = contents.get(page.source, page.source)
+    if isinstance(content, Column):
+        return content.read(page)
+    digest, _, number = page.id.partition(":")
+    document = _open_same(content, digest, os.getpid())
+    if not number:
+        return document
+    try:
+        return _page_of(document, int(number), dpi)
+    except (MemoryError, OSError, ValueError):
+        raise
+    except Exception as error:
+        # As broken bytes lead them, decoders raise PdfiumError, SyntaxError, struct.error, EOFError, ...
+        raise ValueError(f"the page cannot be read: {type(error).__name__}: {error}") from error
 
 
 def page_of(path: str | os.PathLike, number: int, *, dpi: float) -> Image.Image:
@@ -119,22 +107,22 @@ def page_of(path: str | os.PathLike, number: int, *, dpi: float) -> Image.Image:
         ValueError: There is no such page, or it cannot be read as it stands.
         OSError: The file is missing, broken, or of no format that is read.
     """
-    _read_heic()
+    path = os.fspath(path)
     try:
-        file = File.find(os.fspath(path), name=os.fspath(path), dpi=dpi)
-        pages = file.pages()
+        pages, _ = find_pages_in(path, path)
         if not 1 <= number <= len(pages):
             raise ValueError(f"there is no page {number}; pages go from 1 to {len(pages)}.")
-        return _in_rgb(file.read(pages[number - 1]))
+        return _in_rgb(open_page(pages[number - 1], {}, dpi=dpi))
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{os.fspath(path)}: {error}") from error
+        raise kind(f"{path}: {error}") from error
     finally:
         close_documents()
 
 
+@lru_cache
 def _read_heic() -> None:
-    """Read HEIC images as well where pillow-heif is installed."""
+    """Let Pillow read HEIC images in this process where pillow-heif is installed."""
     with suppress(ImportError):
         import pillow_heif
 
@@ -169,9 +157,10 @@ def _open(content: Content) -> Any:
     file = io.BytesIO(content) if isinstance(content, bytes) else io.FileIO(content)
     if b"%PDF-" not in file.read(1024):
         file.seek(0)
+        _read_heic()
         return open_image(file, "the file")
     file.close()
-    pypdfium2 = require_pypdfium2()
+    pypdfium2 = require("pypdfium2", "Reading PDFs")
     try:
         document = pypdfium2.PdfDocument(content)
     except pypdfium2.PdfiumError as error:
@@ -180,15 +169,6 @@ def _open(content: Content) -> Any:
         raise ValueError("the PDF has no pages.")
     document.init_forms()  # or what is filled into a form is not rendered
     return document
-
-
-def require_pypdfium2() -> Any:
-    """Say what to install where pypdfium2 is not."""
-    try:
-        import pypdfium2
-    except ImportError as error:
-        raise ImportError("Reading PDFs needs pypdfium2: pip install 'deepseek-ocr-vision[encode]'") from error
-    return pypdfium2
 
 
 def _page_of(document: Any, number: int, dpi: float) -> Image.Image:
@@ -211,14 +191,9 @@ def _page_of(document: Any, number: int, dpi: float) -> Image.Image:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of images, or of lists of them, of a dataset.
+    """A column of images, or of lists of them (`is_list`), of a dataset.
 
-    Attributes:
-        name: What its pages are stored under.
-        column: Its name in the dataset.
-        rows: The column alone, not decoded.
-        is_list: Whether a row has a list of images.
-        mode: Mode that `datasets` converts its images to, such as `"RGB"`, or `None`.
+    `rows` is the column alone, not decoded; `mode` is what `datasets` converts its images to, such as `"RGB"`.
     """
 
     name: str
@@ -251,15 +226,11 @@ class Column:
         rows = dataset.select_columns(column).with_format("arrow")
         return cls(name, column, rows, is_list, getattr(image, "mode", None))
 
-    def pages(self) -> Iterator[list[tuple[Page, Failure | None]]]:
-        """The images of each row, and why some have no id."""
+    def pages(self) -> Iterator[list[Page]]:
+        """The images of each row. One that cannot be read has a `Failure` for its id."""
         for row in range(len(self.rows)):
-            pages = []
-            for index, image in enumerate(self._cell(row)):
-                digest = attempt(lambda image: digest_of(_content_of(image)), image)
-                failure = digest if isinstance(digest, Failure) else None
-                pages.append((Page("" if failure else digest, self.name, row, index), failure))
-            yield pages
+            ids = [attempt(lambda image: digest_of(_content_of(image)), image) for image in self._cell(row)]
+            yield [Page(id, self.name, row, index) for index, id in enumerate(ids)]
 
     def _cell(self, row: int) -> list[Any]:
         (cell,) = self.rows[row : row + 1][self.column].to_pylist()
@@ -287,14 +258,15 @@ def _content_of(image: Any) -> Content:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Reads pages and prepares them as the model takes them; what workers do."""
+    """Reads pages, as `open_page` does, and prepares them as the model takes them; what workers do."""
 
-    sources: Mapping[str, File | Column]
+    contents: Mapping[str, Column | bytes]
     image_processor: Any
     dtype: torch.dtype
+    dpi: float = 144
 
     def __call__(self, page: Page) -> Inputs:
-        inputs = self.image_processor(self.sources[page.source].read(page), return_tensors="pt")
+        inputs = self.image_processor(open_page(page, self.contents, dpi=self.dpi), return_tensors="pt")
         # The model casts pixels to its dtype anyway; here it halves what goes from process to process.
         return {name: value.to(self.dtype) if torch.is_tensor(value) else value for name, value in inputs.items()}
 
@@ -304,13 +276,13 @@ class Prepare:
 
 @dataclass
 class Found:
-    """What inputs name: files and datasets by name, their pages, what cannot be opened, and what is left out by kind.
+    """What inputs name: pages, the datasets that some are in, what cannot be opened, and what is left out by kind.
 
     Left out is what is no image or document, of animations all but the first frame, and smaller copies in a TIFF.
     """
 
-    sources: dict[str, File | Column] = field(default_factory=dict)
     pages: list[Page] = field(default_factory=list)
+    columns: dict[str, Column] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -318,11 +290,10 @@ class Found:
 def find_pages(
     inputs: Sequence[str | os.PathLike],
     *,
-    dpi: float,
-    split: str,
-    image_column: str,
-    num_workers: int,
-    timeout: float | None,
+    split: str = "train",
+    image_column: str = "image",
+    num_workers: int = 0,
+    timeout: float | None = None,
 ) -> Found:
     """The pages that inputs name, sorted by source and number.
 
@@ -332,72 +303,63 @@ def find_pages(
         TypeError: A column of a dataset holds something else than images.
         ValueError: A dataset has no such split or column.
     """
-    _read_heic()
     found = Found()
-    paths: dict[str, bool] = {}
+    is_named: dict[str, bool] = {}
     for given in [os.fspath(each) for each in inputs]:
         if _is_dataset(given):
             _find_rows(Column.of(_loaded_dataset(given, split), given, image_column), found)
         elif os.path.isdir(given):
-            paths |= dict.fromkeys(_files_in(given, found.left_out), False)
+            is_named |= dict.fromkeys(_files_in(given, found.left_out), False)
         elif os.path.exists(given):
-            paths[given] = True
+            is_named[given] = True
         else:
             raise FileNotFoundError(f"There is no file, folder or dataset {given!r}.")
-    if any(path.lower().endswith(".pdf") for path in paths):
-        require_pypdfium2()
+    if any(path.lower().endswith(".pdf") for path in is_named):
+        require("pypdfium2", "Reading PDFs")
     limit = None if timeout is None else 10 * timeout  # a file is read as a whole, whatever its size
-    files = map_in_processes(partial(_find_file, dpi), paths, num_workers=num_workers, ahead=100, timeout=limit)
-    for path, file in files:
-        _sort_in(path, file, found, is_named=paths[path])
+    for path, pages in map_in_processes(_find_file, is_named, num_workers=num_workers, ahead=100, timeout=limit):
+        _sort_in(path, pages, found, is_named=is_named[path])
     found.pages.sort(key=lambda page: page[1:])
     found.problems.sort(key=lambda each: (each.source, each.page or 0))
     return found
 
 
-def _find_file(dpi: float, path: str) -> File:
+def _find_file(path: str) -> tuple[list[Page], str | None]:
     if not os.path.isfile(path):
         raise FileNotFoundError("it is no file, or a link to one that is not there.")
-    return File.find(path, name=printable(path), dpi=dpi)
+    return find_pages_in(path, path)
 
 
-def printable(path: str) -> str:
-    r"""A path as text that can be stored; bytes that are not UTF-8 as `\xff`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _sort_in(path: str, file: File | Failure, found: Found, *, is_named: bool) -> None:
-    name, suffix = printable(path), os.path.splitext(path)[1].lower()
-    if isinstance(file, File):
-        found.sources[name] = file
-        found.pages += file.pages()
-        if file.left_out is not None:
-            found.left_out[file.left_out].append(name)
+def _sort_in(path: str, result: tuple[list[Page], str | None] | Failure, found: Found, *, is_named: bool) -> None:
+    suffix = os.path.splitext(path)[1].lower()
+    if not isinstance(result, Failure):
+        pages, left_out = result
+        found.pages += pages
+        if left_out is not None:
+            found.left_out[left_out].append(printable(path))
     # A file of a folder may be anything; one that was named, or calls itself an image, should be readable.
     elif is_named or suffix in _known_suffixes() or not os.path.isfile(path):
-        found.problems.append(Problem(name, None, file))
+        found.problems.append(Problem(printable(path), None, result))
     else:
-        found.left_out[printable(suffix) or "no suffix"].append(name)
+        found.left_out[printable(suffix) or "no suffix"].append(printable(path))
 
 
 @lru_cache
 def _known_suffixes() -> set[str]:
+    _read_heic()
     formats = Image.registered_extensions()
     return {suffix for suffix, kind in formats.items() if kind in IMAGE_FORMATS} | _OTHER_SUFFIXES
 
 
 def _find_rows(column: Column, found: Found) -> None:
-    found.sources[column.name] = column
+    found.columns[column.name] = column
     for row, pages in enumerate(column.pages()):
-        if len(pages) != 1:
-            error = f"ValueError: the row has {len(pages) or 'no'} image{'s' * (len(pages) > 1)}."
-            found.problems.append(Problem(column.name, row, error))
+        if len(pages) == 1 and not isinstance(pages[0].id, Failure):
+            found.pages += pages
             continue
-        ((page, failure),) = pages
-        if failure is None:
-            found.pages.append(page)
-        else:
-            found.problems.append(Problem(column.name, row, failure))
+        many = f"ValueError: the row has {len(pages) or 'no'} image{'s' * (len(pages) > 1)}."
+        error = pages[0].id if len(pages) == 1 else many
+        found.problems.append(Problem(printable(column.name), row, error))
 
 
 def _is_dataset(given: str) -> bool:

@@ -9,6 +9,7 @@ A part appears in one step and never changes, so the table can be read at any mo
 Letters in the shapes: M images, N tokens of an image, C channels.
 """
 
+import importlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import torch
 
 from deepseek_ocr_vision.saving.staging import PREFIX, locked, staging_folder
@@ -134,13 +136,11 @@ class TokenTable:
 
     def __init__(self, location: str | os.PathLike, settings: dict[str, Any] | None = None, *, errors: str = ERRORS):
         require_pyarrow()
-        import fsspec
-
         self.errors = errors
         self.fs, root = fsspec.core.url_to_fs(os.fspath(location))
         self.root = root.rstrip("/")
         self.is_local = "file" in self.fs.protocol
-        self.location = self.root if self.is_local else os.fspath(location)  # the same in another folder
+        self.location = self.root if self.is_local else self.fs.unstrip_protocol(self.root)
         self.rows: dict[str, tuple[str, int]] = {}
         self.parts: set[str] = set()
         if settings is not None:
@@ -188,6 +188,7 @@ class TokenTable:
         """Take notice of what has been stored in the meantime."""
         import pyarrow.parquet as pq
 
+        self.fs.invalidate_cache()  # some remember what they have listed
         names = {Path(name).name for name in self.fs.glob(self.path("part-*.parquet"))}
         for name in sorted(names - self.parts):
             try:
@@ -253,19 +254,23 @@ class TokenTable:
 
     def write_problems(self, problems: Iterable[Problem]) -> None:
         """Replace the file of problems; without any there is none."""
-        text = "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
-        if text:
-            self._put(self.errors, text.encode())
+        if lines := _lines(problems):
+            self._put(self.errors, lines)
             return
         with suppress(FileNotFoundError):
             self.fs.rm_file(self.path(self.errors))
+
+    def add_problems(self, problems: Iterable[Problem]) -> None:
+        """Add to the file of problems, in a folder. Objects of a store can be replaced alone."""
+        with open(self.path(self.errors), "ab") as file:
+            file.write(_lines(problems))
 
     # Reading
 
     def read(self, id: str) -> torch.Tensor:
         """The tokens [N, C] of one image, on the CPU."""
         part, row = self.rows[id]
-        file = _opened_part(self.location, part, os.getpid())
+        file = _opened_part(self.fs, self.path(part), os.getpid())
         rows_per_group = file.metadata.row_group(0).num_rows
         columns = ["tokens", "scales"] if self.stored == "int8" else ["tokens"]
         group = file.read_row_group(row // rows_per_group, columns=columns, use_threads=False)
@@ -273,19 +278,20 @@ class TokenTable:
 
 
 @lru_cache(maxsize=64)
-def _opened_part(location: str, part: str, process: int) -> Any:
+def _opened_part(fs: fsspec.AbstractFileSystem, path: str, process: int) -> Any:
     """A part, opened for this process: two that share an open file share their place in it."""
-    import fsspec
     import pyarrow.parquet as pq
 
-    fs, root = fsspec.core.url_to_fs(location)
-    path = f"{root.rstrip('/')}/{part}"
     return pq.ParquetFile(path, memory_map=True) if "file" in fs.protocol else pq.ParquetFile(fs.open(path))
 
 
 def canonical(value: Any) -> bytes:
     """A value as JSON that is the same at every call."""
     return json.dumps(value, sort_keys=True, default=str, indent=1).encode()
+
+
+def _lines(problems: Iterable[Problem]) -> bytes:
+    return "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems).encode()
 
 
 def _differences(stored: Any, given: Any, name: str = "") -> list[str]:
@@ -297,13 +303,20 @@ def _differences(stored: Any, given: Any, name: str = "") -> list[str]:
     return [] if stored == given else [f"{name} is {stored!r} there and {given!r} now"]
 
 
-def require_pyarrow() -> Any:
-    """Say what to install where pyarrow is not."""
+def require(module: str, purpose: str, *, extra: str = "encode") -> Any:
+    """A module that an extra of this package brings.
+
+    Raises:
+        ImportError: It is not installed; the message says how to.
+    """
     try:
-        import pyarrow
+        return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError("A table of tokens needs pyarrow: pip install 'deepseek-ocr-vision[encode]'") from error
-    return pyarrow
+        raise ImportError(f"{purpose} needs {module}: pip install 'deepseek-ocr-vision[{extra}]'") from error
+
+
+def require_pyarrow() -> Any:
+    return require("pyarrow", "A table of tokens")
 
 
 def load_pages(location: str | os.PathLike) -> "datasets.Dataset":
@@ -325,15 +338,11 @@ def load_pages(location: str | os.PathLike) -> "datasets.Dataset":
         ImportError: `datasets` is not installed.
         ValueError: A part is damaged.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("load_pages needs datasets: pip install 'deepseek-ocr-vision[encode]'") from error
+    datasets = require("datasets", "load_pages")
     table = TokenTable(location)
     if not table.parts:
         raise FileNotFoundError(f"{location} has no parts: no page was encoded into it yet.")
-    unstrip = str if table.is_local else table.fs.unstrip_protocol
-    pages = datasets.Dataset.from_parquet([unstrip(table.path(name)) for name in sorted(table.parts)])
+    pages = datasets.Dataset.from_parquet([f"{table.location}/{name}" for name in sorted(table.parts)])
     if table.stored in ("bfloat16", "int8"):
         pages = pages.with_format("arrow").map(
             _with_floats, batched=True, batch_size=16, fn_kwargs={"stored": table.stored}

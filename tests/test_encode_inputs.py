@@ -19,7 +19,7 @@ from PIL import Image, TiffImagePlugin
 from deepseek_ocr_vision.encoding import load_pages
 from deepseek_ocr_vision.encoding.encoder import Page
 from deepseek_ocr_vision.encoding.processes import Failure, map_in_processes
-from deepseek_ocr_vision.encoding.sources import Column, File, digest_of, page_of
+from deepseek_ocr_vision.encoding.sources import Column, digest_of, find_pages_in, open_page, page_of
 
 
 pypdfium2 = pytest.importorskip("pypdfium2")
@@ -52,10 +52,14 @@ def pdf_of(objects: list[bytes]) -> bytes:
     return b"".join(parts)
 
 
+def first_page(pdf: bytes, *, dpi: float) -> Image.Image:
+    pages, _ = find_pages_in(pdf, "a PDF")
+    return open_page(pages[0], {"a PDF": pdf}, dpi=dpi).convert("L")
+
+
 def test_what_is_filled_into_a_form_is_on_the_page():
     """Pins PDFium's form environment, without which filled fields come out empty and nothing says so."""
-    file = File.find(form_pdf(), name="form.pdf", dpi=144)
-    rendered = file.read(file.pages()[0]).convert("L")
+    rendered = first_page(form_pdf(), dpi=144)
     assert sum(count for level, count in enumerate(rendered.histogram()) if level < 128) > 1000
 
 
@@ -70,8 +74,7 @@ def test_a_stamp_is_on_the_page():
         b"<< /Type /XObject /Subtype /Form /BBox [0 0 100 50] /Length %d >>\nstream\n%s\nendstream"
         % (len(drawing), drawing),
     ]
-    file = File.find(pdf_of(objects), name="stamp.pdf", dpi=72)
-    page = np.asarray(file.read(file.pages()[0]).convert("L"))
+    page = np.asarray(first_page(pdf_of(objects), dpi=72))
     assert page[50:, :100].max() < 64
     assert page[:50].min() > 192
 

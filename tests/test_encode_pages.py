@@ -2,17 +2,16 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from encoding_helpers import IMAGE_PROCESSOR, encode, errors, image, png, write_pdf
+from encoding_helpers import IMAGE_PROCESSOR, assert_same, encode, errors, image, png, stored, write_pdf
 from helpers import ROOT, tiny_config
 from PIL import Image
 
@@ -45,19 +44,6 @@ def places(out: Path, root: Path) -> list[tuple[str, int]]:
     return [(os.path.relpath(row["source"], root), row["page"]) for row in pages]
 
 
-def tokens_by_page(out: Path) -> dict[tuple[str, int], torch.Tensor]:
-    table = TokenTable(out)
-    rows = [((row["source"], row["page"]), table.read(row["id"])) for row in load_pages(out)]
-    assert len(dict(rows)) == len(rows)
-    return dict(rows)
-
-
-def assert_same_tokens(actual: Path, expected: Path) -> None:
-    actual, expected = tokens_by_page(actual), tokens_by_page(expected)
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[page], expected[page]) for page in expected)
-
-
 SEVEN = [("0.png", 0), ("1.png", 0), *(("book.pdf", page) for page in range(3)), ("inside/2.png", 0), ("z.png", 0)]
 
 
@@ -76,11 +62,10 @@ def test_a_folder_becomes_the_models_own_tokens_bit_for_bit(tiny_model, scans, t
     assert drawn[0].size == (140, 180)
     images = [image(0), image(1), *drawn, image(2), image(3)]
     expected = tiny_model.encode(images, image_processor=IMAGE_PROCESSOR)
-    actual = tokens_by_page(tmp_path / "out")
-    for place, tokens in zip(SEVEN, expected, strict=True):
-        stored = actual[str(scans / place[0]), place[1]]
-        assert stored.dtype == dtype
-        assert torch.equal(stored, tokens)
+    actual = stored(tmp_path / "out")
+    for (name, page), tokens in zip(SEVEN, expected, strict=True):
+        assert actual[Path(name).name, page].dtype == dtype
+        assert torch.equal(actual[Path(name).name, page], tokens)
 
 
 def test_rows_say_what_they_are(tiny_model, scans, tmp_path):
@@ -124,7 +109,7 @@ def test_workers_and_batches_change_nothing(tiny_model, scans, tmp_path):
     tiny_model.to(torch.bfloat16)
     encode(scans, tiny_model, tmp_path / "one")
     summary = encode(scans, tiny_model, tmp_path / "several", num_workers=2, pages_per_file=3)
-    assert_same_tokens(tmp_path / "several", tmp_path / "one")
+    assert_same(tmp_path / "several", tmp_path / "one")
     assert 0 < summary.busy < 1
 
 
@@ -139,11 +124,11 @@ def test_datasets_of_images_and_of_paths(tiny_model, scans, tmp_path):
     summary = encode(tmp_path / "images", tiny_model, tmp_path / "out")
     assert [(each.page, each.error) for each in summary.problems] == [(1, "ValueError: the row has no image.")]
     encode(tmp_path / "paths", tiny_model, tmp_path / "other", split="test", image_column="file")
-    actual = tokens_by_page(tmp_path / "out") | tokens_by_page(tmp_path / "other")
+    actual = stored(tmp_path / "out") | stored(tmp_path / "other")
     first, second = tiny_model.encode([image(0), image(1)], image_processor=IMAGE_PROCESSOR)
     expected = {("images", 0): first, ("images", 2): second, ("paths", 0): second, ("paths", 1): first}
-    assert actual.keys() == {(str(tmp_path / name), row) for name, row in expected}
-    assert all(torch.equal(actual[str(tmp_path / name), row], expected[name, row]) for name, row in expected)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[place], tokens) for place, tokens in expected.items())
     assert encode(tmp_path / "paths", tiny_model, tmp_path / "out", split="test", image_column="file").num_new == 0
 
 
@@ -178,20 +163,21 @@ def test_an_encoding_that_was_killed_goes_on_where_it_was(scans, tmp_path, capsy
     save_encoder(tmp_path / "encoder")
     command = ["encode", str(scans), "--model", str(tmp_path / "encoder"), "--out", str(tmp_path / "out")]
     command += ["--workers", "1", "--pages-per-file", "1", "--device", "cpu"]
-    code = f"""if True:
-        import os, signal
-        from pathlib import Path
-        from deepseek_ocr_vision.__main__ import main
-        replace = os.replace
-        def replace_or_die(source, target):
-            if len(list(Path(target).parent.glob("*.parquet"))) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
+    replace = os.replace
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        if len(list(Path(target).parent.glob("*.parquet"))) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    def run_and_die() -> None:
         os.replace = replace_or_die
-        main({command!r})
-    """
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+        main(command)
+
+    killed = multiprocessing.get_context("fork").Process(target=run_and_die)
+    killed.start()
+    killed.join(timeout=300)
+    assert killed.exitcode == -signal.SIGKILL
     assert len(list((tmp_path / "out").glob(".*"))) == 1
     assert places(tmp_path / "out", scans) == SEVEN[:3]
     assert main(command) == 0
@@ -199,7 +185,7 @@ def test_an_encoding_that_was_killed_goes_on_where_it_was(scans, tmp_path, capsy
     assert all(path.name == "settings.json" or path.suffix == ".parquet" for path in (tmp_path / "out").iterdir())
     model = DeepSeekOCRVisionModel.from_pretrained(tmp_path / "encoder")
     encode(scans, model, tmp_path / "untouched", pages_per_file=1)
-    assert_same_tokens(tmp_path / "out", tmp_path / "untouched")
+    assert_same(tmp_path / "out", tmp_path / "untouched")
     assert places(tmp_path / "out", scans) == SEVEN
 
 
@@ -222,7 +208,7 @@ def test_processes_that_cut_the_work_differently_store_no_page_twice(tiny_model,
     assert summary.num_pages == 7
     assert sorted(places(tmp_path / "out", scans)) == SEVEN
     encode(scans, other, tmp_path / "untouched")
-    assert_same_tokens(tmp_path / "out", tmp_path / "untouched")
+    assert_same(tmp_path / "out", tmp_path / "untouched")
 
 
 def test_other_settings_are_refused_and_named(tiny_model, scans, tmp_path):
@@ -294,6 +280,15 @@ def test_bad_files_are_named_and_the_rest_is_encoded(tiny_model, scans, tmp_path
     assert encode(scans, tiny_model, tmp_path / "out").num_new == 1
     assert errors(tmp_path / "out").keys() == {"broken.pdf", "locked.pdf", "nothing.png", "vast.pdf"}
     assert sorted(places(tmp_path / "out", scans)) == sorted([*SEVEN, ("cut.png", 0)])
+
+
+def test_a_problem_is_in_the_file_as_soon_as_it_happens(tiny_model, scans, tmp_path):
+    """Pins a file that was written every five seconds, so that a kill took what had happened since."""
+    (scans / "0.png").write_bytes(png(0)[:3000])
+    seen = []
+    tiny_model.register_forward_hook(lambda *_: seen.append(errors(tmp_path / "out")))
+    encode(scans, tiny_model, tmp_path / "out")
+    assert [each.keys() for each in seen] == [{"0.png"}] * 6
 
 
 def test_a_page_goes_by_its_content(tiny_model, scans, tmp_path):

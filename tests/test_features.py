@@ -1,16 +1,19 @@
 """Stored features: computed once, right, whole after any interruption, and as good to train on as images."""
 
 import copy
-import io
+import os
 import resource
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import ROOT, run_python, tiny_config
-from PIL import Image
+from encoding_helpers import IMAGE_PROCESSOR, image, png
+from helpers import tiny_config
 from torch import nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Trainer
 from transformers import TrainingArguments as Arguments
@@ -25,23 +28,9 @@ from deepseek_ocr_vision.training.features import FeatureCollator, precompute_fe
 datasets = pytest.importorskip("datasets")
 
 
-IMAGE_PROCESSOR = DeepSeekOCRVisionImageProcessor(size=128)
-
-
-def image(seed: int, height: int = 90, width: int = 70) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def file(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    image(seed).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def pages(*seeds: int) -> datasets.Dataset:
     """A dataset with an image a row."""
-    rows = {"image": [{"bytes": file(seed), "path": None} for seed in seeds], "number": list(seeds)}
+    rows = {"image": [{"bytes": png(seed), "path": None} for seed in seeds], "number": list(seeds)}
     return datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image(), number=datasets.Value("int64")))
 
 
@@ -107,7 +96,7 @@ def test_a_row_has_its_own_columns_and_its_tokens(tiny_model, tmp_path):
 
 def test_lists_of_images_give_lists_of_tokens(tiny_model, tmp_path):
     """Pins rows with several images, with none, and with the same one twice."""
-    cells = [[file(0), file(1)], [], None, [file(1), file(0), file(1)]]
+    cells = [[png(0), png(1)], [], None, [png(1), png(0), png(1)]]
     as_images = [None if cell is None else [{"bytes": each, "path": None} for each in cell] for cell in cells]
     columns = datasets.Features(image=datasets.List(datasets.Image()))
     counted = Counted(tiny_model)
@@ -123,7 +112,7 @@ def test_lists_of_images_give_lists_of_tokens(tiny_model, tmp_path):
 def test_a_row_without_an_image_has_no_features(tiny_model, tmp_path):
     """Pins `None`, as tables have it where rows differ."""
     columns = datasets.Features(image=datasets.Image())
-    dataset = datasets.Dataset.from_dict({"image": [None, {"bytes": file(0), "path": None}]}, columns)
+    dataset = datasets.Dataset.from_dict({"image": [None, {"bytes": png(0), "path": None}]}, columns)
     nothing, tokens = compute(dataset, tiny_model, tmp_path)["features"]
     assert nothing is None
     assert tokens.shape == (4, 32)
@@ -144,7 +133,7 @@ def test_pages_of_several_sizes_have_as_many_tokens_as_they_need(tiny_model, tmp
 def test_paths_threads_and_processors_change_nothing(tiny_model, tmp_path):
     """Pins columns of paths, preparing ahead, and processors that hold the image processor."""
     for seed in range(5):
-        (tmp_path / f"{seed}.png").write_bytes(file(seed))
+        (tmp_path / f"{seed}.png").write_bytes(png(seed))
     paths = datasets.Dataset.from_dict({"image": [str(tmp_path / f"{seed}.png") for seed in range(5)]})
     processor = DeepSeekOCRVisionProcessor(IMAGE_PROCESSOR)
     expected = compute(pages(*range(5)), tiny_model, tmp_path / "a", batch_size=2)["features"]
@@ -212,75 +201,68 @@ def test_a_loaded_encoder_is_the_one_that_was_saved(tiny_model, tmp_path):
 # Interruptions
 
 
-INTERRUPTED = """
-    import os, signal, sys, time
-    from pathlib import Path
-    sys.path.insert(0, {tests!r})
-    import torch
-    from helpers import tiny_config
-    from test_features import PREFIX, compute, pages, tokens_by_id
-    from deepseek_ocr_vision import DeepSeekOCRVisionModel
-
-    torch.manual_seed(0)
-    model, dataset = DeepSeekOCRVisionModel(tiny_config()), pages(*range(4))
-    cache, reference = Path({cache!r}), Path({reference!r})
-
-    def child(run):
-        process = os.fork()
-        if process:
-            return process
-        code = 1
-        try:
-            run()
-            code = 0
-        finally:
-            os._exit(code)
-
-    def killed_at(number):
-        left = [number]
-        def count(*_args, **_options):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        for name in ("replace", "fsync"):
-            def killing(*args, call=getattr(os, name)):
-                count()
-                return call(*args)
-            setattr(os, name, killing)
-        model.register_forward_pre_hook(count)
-        compute(dataset, model, cache)
-
-    def beside():
-        result = compute(dataset, model, cache)
-        assert len(result["features"]) == 4
-
-    def leftovers():
-        return [path for path in cache.rglob("*") if path.name.startswith(PREFIX)]
-
-    compute(dataset, model, reference)
-    codes, saw_leftovers = [], False
-    while not codes or codes[-1] != 0:
-        codes.append(os.waitpid(child(lambda: killed_at(len(codes) + 1)), 0)[1])
-        saw_leftovers |= bool(leftovers())
-    assert tokens_by_id(cache) == tokens_by_id(reference) and not leftovers() and saw_leftovers
-    assert codes[:-1] == [signal.SIGKILL] * (len(codes) - 1)
-    print(len(codes) - 1)
-
-    cache = cache.with_name("shared")
-    processes = [child(beside), child(beside)]
-    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
-    assert tokens_by_id(cache) == tokens_by_id(reference) and not leftovers()
-"""
+def in_a_child(run: Callable[[], None]) -> int:
+    """Start a process that has all that this one has; it ends with 0 if `run` returns."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        run()
+        code = 0
+    finally:
+        os._exit(code)
 
 
-def test_killed_at_any_point_it_goes_on_and_two_processes_store_nothing_twice(tmp_path):
+def killed_at(number: int, model: DeepSeekOCRVisionModel, run: Callable[[], None]) -> None:
+    """Run up to the given one of its renames, syncs of files and images, and no further."""
+    left = [number]
+
+    def count(*_args) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counting(call: Callable) -> Callable:
+        def counted(*args):
+            count()
+            return call(*args)
+
+        return counted
+
+    os.replace, os.fsync = counting(os.replace), counting(os.fsync)
+    model.register_forward_pre_hook(count)
+    run()
+
+
+def leftovers(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*") if path.name.startswith(PREFIX)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+def test_killed_at_any_point_it_goes_on_and_two_processes_store_nothing_twice(tiny_model, tmp_path):
     """Pins SIGKILL at every rename, sync of a file and image. In the end there are the tokens of a run that was
     never killed, each once, nothing is left over, and no dead process holds a lock. So it is with two processes at
     the same time.
     """
-    paths = {"cache": str(tmp_path / "killed"), "reference": str(tmp_path / "whole"), "tests": str(ROOT / "tests")}
-    kills = run_python(INTERRUPTED.format(**paths), OMP_NUM_THREADS="1")
-    assert int(kills) >= 5
+    dataset, killed, shared = pages(*range(4)), tmp_path / "killed", tmp_path / "shared"
+    compute(dataset, tiny_model, tmp_path / "whole")
+    expected = tokens_by_id(tmp_path / "whole")
+    codes, saw_leftovers = [], False
+    while not codes or codes[-1] != 0:
+        point = len(codes) + 1
+        child = in_a_child(lambda at=point: killed_at(at, tiny_model, lambda: compute(dataset, tiny_model, killed)))
+        codes.append(os.waitpid(child, 0)[1])
+        saw_leftovers |= bool(leftovers(killed))
+    assert tokens_by_id(killed) == expected
+    assert not leftovers(killed)
+    assert saw_leftovers
+    assert len(codes) > 5
+    assert codes[:-1] == [signal.SIGKILL] * (len(codes) - 1)
+    children = [in_a_child(lambda: compute(dataset, tiny_model, shared)["features"]) for _ in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert tokens_by_id(shared) == expected
+    assert not leftovers(shared)
 
 
 def test_a_full_disk_leaves_what_was_finished(tiny_model, tmp_path):
@@ -327,7 +309,7 @@ def test_a_damaged_file_is_named(tiny_model, tmp_path):
 
 
 def broken_pages() -> datasets.Dataset:
-    cells = [{"bytes": data, "path": None} for data in (file(0), b"no image", file(1)[:200], file(2))]
+    cells = [{"bytes": data, "path": None} for data in (png(0), b"no image", png(1)[:200], png(2))]
     cells.append({"bytes": None, "path": "/missing.png"})
     columns = datasets.Features(image=datasets.Image(), number=datasets.Value("int64"))
     return datasets.Dataset.from_dict({"image": cells, "number": range(5)}, columns)
@@ -344,8 +326,8 @@ def test_a_file_that_changes_while_features_are_computed_is_an_error(tiny_model,
     """Pins tokens stored under the key of another image."""
     paths = [tmp_path / f"{row}.png" for row in range(3)]
     for seed, path in enumerate(paths):
-        path.write_bytes(file(seed))
-    tiny_model.register_forward_hook(lambda *_: paths[2].write_bytes(file(7)) and None)
+        path.write_bytes(png(seed))
+    tiny_model.register_forward_hook(lambda *_: paths[2].write_bytes(png(7)) and None)
     with pytest.raises(ValueError, match=r"Row 2.*changed"):
         compute(datasets.Dataset.from_dict({"image": [str(path) for path in paths]}), tiny_model, tmp_path / "cache")
 
@@ -429,7 +411,7 @@ def processor() -> LlavaProcessor:
 def samples() -> datasets.Dataset:
     """Rows with two images, one and none."""
     counts = [2, 1, 0, 0, 1, 2, 1, 0]
-    images = [[{"bytes": file(10 * row + index), "path": None} for index in range(n)] for row, n in enumerate(counts)]
+    images = [[{"bytes": png(10 * row + index), "path": None} for index in range(n)] for row, n in enumerate(counts)]
     texts = [f"a{'<image>b' * number}{'c' * row}" for row, number in enumerate(counts)]
     columns = datasets.Features(images=datasets.List(datasets.Image()), text=datasets.Value("string"))
     return datasets.Dataset.from_dict({"images": images, "text": texts}, columns)

@@ -212,8 +212,8 @@ def test_a_loop_of_somebody_else_gets_the_same_rows(tiny_model, scans, tmp_path)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Ray's local cluster is tried on Linux")
 def test_ray_fills_the_same_table_and_goes_on_with_what_another_began(tiny_model, scans, tmp_path, monkeypatch):
-    """Pins the second engine beside the first, tokens bit for bit, resuming across both, a page that fails, and
-    Ray as a reader of the table.
+    """Pins the second engine beside the first, tokens bit for bit, resuming across both, a page that fails, Ray as a
+    reader of the table, and `EncodePages` as docs/encoding.md has it.
     """
     ray = pytest.importorskip("ray")
     encode(scans, tiny_model, tmp_path / "untouched")
@@ -228,5 +228,16 @@ def test_ray_fills_the_same_table_and_goes_on_with_what_another_began(tiny_model
     ray.init("local", num_cpus=1, log_to_driver=False)
     try:
         assert_reads("ray")
+        tiny_model.save_pretrained("encoder")
+        IMAGE_PROCESSOR.save_pretrained("encoder")
+        files = ray.data.from_items([{"path": str(scans / name)} for name in ("book.pdf", "0.png")])
+        actors = ray.data.ActorPoolStrategy(size=1)
+        options = {"fn_constructor_kwargs": {"model": str(tmp_path / "encoder")}, "compute": actors, "batch_size": 2}
+        rows = files.map_batches(EncodePages, **options).take_all()
+        expected = stored(tmp_path / "untouched")
+        assert len(rows) == 4
+        for row in rows:
+            tokens = np.stack([np.array(token) for token in row["tokens"]])
+            assert np.array_equal(tokens, expected[os.path.basename(row["source"]), row["page"]].numpy())
     finally:
         ray.shutdown()

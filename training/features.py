@@ -23,10 +23,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some, require_choice, require_integer
-from deepseek_ocr_vision.encoding.encode_pages import encode_locally
+from deepseek_ocr_vision.encoding.encode_pages import encode_locally, write_parts
 from deepseek_ocr_vision.encoding.encoder import Encoder, Page, encoder_fingerprint
-from deepseek_ocr_vision.encoding.sources import Column
-from deepseek_ocr_vision.encoding.table import STORED_TYPES, TokenTable, canonical
+from deepseek_ocr_vision.encoding.processes import Failure
+from deepseek_ocr_vision.encoding.sources import Column, Prepare
+from deepseek_ocr_vision.encoding.table import STORED_TYPES, TokenTable, canonical, require
 from deepseek_ocr_vision.training.collator import ImageTextCollator, PaddingSide
 
 
@@ -118,29 +119,48 @@ def precompute_features(
     encoder = Encoder(model, _image_processor_of(processor), stored, batch_size)
     column = Column.of(dataset, "dataset", image_column)
 
-    images = _Images(column, is_strict=on_bad_image == "raise")
-    ids = images.read_ids(show_progress)
+    def refuse(page: Page, error: str) -> None:
+        which = f", image {page.index}" if column.is_list else ""
+        refused.append(f"Row {page.number}, column {image_column!r}{which}: {error}")
+        if on_bad_image == "raise":
+            raise UnreadableImageError(refused[-1])
+
+    refused: list[str] = []
+    ids, found = _find_images(column, refuse, show_progress)
     settings = encoder.settings(image_mode=column.mode)
     folder = hashlib.sha256(canonical(settings)).hexdigest()[:32]
     table = TokenTable(os.path.join(cache_dir, folder), settings)
-    missing = {id: page for id, page in images.pages.items() if id not in table}
-    work: dict[str, Any] = {"num_workers": num_workers, "timeout": None, "pages_per_file": pages_per_file}
+    missing = {id: page for id, page in found.items() if id not in table and not isinstance(id, Failure)}
+    prepare = Prepare({column.name: column}, encoder.image_processor, model.dtype)
+    batches = encode_locally(encoder, prepare, missing.values(), num_workers=num_workers, timeout=None)
     with tqdm(total=len(missing), desc="Computing features", disable=not show_progress) as bar:
-        for rows in encode_locally(table, encoder, {column.name: column}, missing, **work):
+        for rows in write_parts(table, batches, pages_per_file):
             for row in rows.select(["id", "error"]).to_pylist():
                 if row["error"] is not None:
-                    images.refuse(missing[row["id"]], row["error"])
+                    refuse(missing[row["id"]], row["error"])
             bar.update(len(rows))
-    if images.bad:
-        logger.warning("Left out the rows of %d images:\n%s", len(images.bad), list_some(images.bad, separator="\n"))
-    return _with_column(dataset, ids, ReadFeatures(features_column, TokenTable(table.location)), column.is_list)
+    if refused:
+        logger.warning("Left out the rows of %d images:\n%s", len(refused), list_some(refused, separator="\n"))
+    return _with_column(dataset, ids, ReadFeatures(features_column, table), column.is_list)
+
+
+def _find_images(
+    column: Column, refuse: Callable[[Page, str], None], show_progress: bool
+) -> tuple[list[list[str]], dict[str, Page]]:
+    """The ids of each row's images, and where each image is found first."""
+    ids: list[list[str]] = []
+    found: dict[str, Page] = {}
+    for row in tqdm(column.pages(), total=len(column.rows), desc="Reading images", disable=not show_progress):
+        ids.append([page.id for page in row])
+        for page in row:
+            if isinstance(page.id, Failure):
+                refuse(page, page.id)
+            found.setdefault(page.id, page)
+    return ids, found
 
 
 def _check_dataset(dataset: Any, features_column: str) -> None:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Storing features needs datasets: pip install 'deepseek-ocr-vision[train]'") from error
+    datasets = require("datasets", "Storing features", extra="train")
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(
             f"`dataset` is a {type(dataset).__name__}; it has to be a datasets.Dataset, one split that is no stream. "
@@ -164,35 +184,6 @@ def _image_processor_of(processor: Any) -> Any:
             f"`processor` is a {type(processor).__name__}; it has to be an image processor, or a processor with one."
         )
     return image_processor
-
-
-class _Images:
-    """The images of a column by id, each with the place where it is found first, and those that are refused."""
-
-    def __init__(self, column: Column, *, is_strict: bool):
-        self.column = column
-        self.is_strict = is_strict
-        self.pages: dict[str, Page] = {}
-        self.bad: list[str] = []
-
-    def read_ids(self, show_progress: bool) -> list[list[str]]:
-        """The ids of each row's images, empty for one that cannot be read."""
-        rows = tqdm(self.column.pages(), total=len(self.column.rows), desc="Reading images", disable=not show_progress)
-        ids = []
-        for row in rows:
-            ids.append([page.id for page, _ in row])
-            for page, failure in row:
-                if failure is None:
-                    self.pages.setdefault(page.id, page)
-                else:
-                    self.refuse(page, failure)
-        return ids
-
-    def refuse(self, page: Page, error: str) -> None:
-        which = f", image {page.index}" if self.column.is_list else ""
-        self.bad.append(f"Row {page.number}, column {self.column.column!r}{which}: {error}")
-        if self.is_strict:
-            raise UnreadableImageError(self.bad[-1])
 
 
 @dataclass(frozen=True, eq=False)
