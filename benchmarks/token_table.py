@@ -5,7 +5,8 @@
     python -m benchmarks.token_table --pages 2000 --ray 1 2  # Ray with one encoder, then with two
 
 Pages are small images and the encoder is tiny, so that what is measured is the engine; on Ray, where encoders are to
-be the bottleneck, it is larger. Memory is that of the process that asks, at four points of the run.
+be the bottleneck, they are enlarged to 512 x 512. Memory is that of the process that asks, at the first report (after
+5 seconds), at the last, and at two between. Each line is a row of a table in docs/encoding.md.
 """
 
 import argparse
@@ -50,6 +51,8 @@ def main() -> None:
             measure_storage(Path(folder))
             return
         write_pages(Path(folder, "pages"), options.pages)
+        write("| engine | pages | pages a second | encoder at work | MB in memory, over time |")
+        write("| --- | --- | --- | --- | --- |")
         if not options.ray:
             measure_engine(Path(folder), num_workers=options.workers)
         for number in options.ray:
@@ -62,10 +65,11 @@ def write(line: str) -> None:
 
 
 def measure_storage(folder: Path) -> None:
-    """MB a page by size and type, and how far int8 is off."""
+    """MB a page by size and type, and how far int8 is off, as a share of the standard deviation."""
     torch.manual_seed(0)
     model = DeepSeekOCRVisionModel(DeepSeekOCRVisionConfig.tiny())
-    write(f"| tokens of a page | {' | '.join(TYPES)} |")
+    write(f"| tokens of a page | {' | '.join(TYPES)} | int8 off by (root mean square, at most) |")
+    write("| --- " * (len(TYPES) + 2) + "|")
     for name, (num_tokens, width) in SIZES.items():
         tokens = [torch.randn(num_tokens, width) for _ in range(16)]
         sizes = []
@@ -73,15 +77,12 @@ def measure_storage(folder: Path) -> None:
             inputs = {"pixel_values": torch.zeros(1, 3, 64, 64)}
             batch = [(Page(f"{index:064}", "scans/page.png", index), inputs) for index in range(16)]
             table = TokenTable(folder / name / stored, {"tokens": stored})
-            for rows in Encoder(model, None, stored).rows_of(batch, tokens, seconds=0.1):
-                table.write(rows)
+            table.write(Encoder(model, None, stored).rows_of(batch, tokens, seconds=0.1))
             sizes.append(sum(os.path.getsize(table.path(part)) for part in table.parts) / 16e6)
             if stored == "int8":
                 difference = (table.read(batch[0][0].id) - tokens[0]) / tokens[0].std()
-        write(f"| {name} | {' | '.join(f'{size:.3f}' for size in sizes)} |")
-        write(
-            f"    int8: {difference.pow(2).mean().sqrt():.4f} root mean square, {difference.abs().max():.4f} at most"
-        )
+        off = f"{difference.pow(2).mean().sqrt():.2%}, {difference.abs().max():.1%}"
+        write(f"| {name} | {' | '.join(f'{size:.3f}' for size in sizes)} | {off} |")
 
 
 def write_pages(folder: Path, number: int) -> None:
@@ -98,7 +99,7 @@ def measure_engine(folder: Path, *, num_workers: int, **engine: Any) -> None:
     torch.manual_seed(0)
     model = DeepSeekOCRVisionModel(DeepSeekOCRVisionConfig.tiny())
     size = 512 if engine else 128
-    memory: list[str] = []
+    memory: list[int] = []
     summary = encode_pages(
         [folder / "pages"],
         model,
@@ -107,11 +108,13 @@ def measure_engine(folder: Path, *, num_workers: int, **engine: Any) -> None:
         batch_size=1 if engine else 32,
         num_workers=num_workers,
         show_progress=False,
-        on_progress=lambda progress: memory.append(f"{progress['pages']}: {resident()} MB"),
+        on_progress=lambda _: memory.append(resident()),
         **engine,
     )
-    points = [memory[index * (len(memory) - 1) // 3] for index in range(4)] if memory else []
-    write(f"{engine or 'local loop'}: {summary} Memory at pages {', '.join(points)}.")
+    points = [memory[index * (len(memory) - 1) // 3] for index in range(4)]
+    name = f"Ray, {engine['num_encoders']} encoders" if engine else "local loop"
+    rate = f"{summary.pages_per_second:.1f}"
+    write(f"| {name} | {summary.num_new:,} | {rate} | {summary.busy:.0%} | {', '.join(map(str, points))} |")
 
 
 def resident() -> int:
