@@ -2,11 +2,11 @@
 
     python -m benchmarks.token_table --storage               # seconds
     python -m benchmarks.token_table --pages 20000           # the local loop
-    python -m benchmarks.token_table --pages 2000 --ray 1 2  # Ray with one encoder, then with two
+    python -m benchmarks.token_table --pages 600 --ray 1 2   # Ray with one encoder, then with two
 
 Pages are small images and the encoder is tiny, so that what is measured is the engine; on Ray, where encoders are to
-be the bottleneck, they are enlarged to 512 x 512. Memory is that of the process that asks, at the first report (after
-5 seconds), at the last, and at two between. Each line is a row of a table in docs/encoding.md.
+be the bottleneck, they are enlarged to 1024 x 1024. Memory is that of the process that asks, at the first report,
+which comes after 5 seconds, at the last, and at two between. Each line is a row of a table in docs/encoding.md.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def measure_engine(folder: Path, *, num_workers: int, **engine: Any) -> None:
     """Pages a second and memory over time."""
     torch.manual_seed(0)
     model = DeepSeekOCRVisionModel(DeepSeekOCRVisionConfig.tiny())
-    size = 512 if engine else 128
+    size = 1024 if engine else 128
     memory: list[int] = []
     summary = encode_pages(
         [folder / "pages"],
