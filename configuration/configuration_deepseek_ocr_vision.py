@@ -5,7 +5,7 @@ patches, two strided convolutions compress its grid 4 x 4 to 1, and a CLIP-L tra
 """
 
 import os
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -16,6 +16,7 @@ from .checks_deepseek_ocr_vision import require_choice, require_integer, require
 
 FeatureMode = Literal["residual", "concat", "projected", "sequence"]
 FEATURE_MODES: tuple[str, ...] = get_args(FeatureMode)
+Stage = TypeVar("Stage", bound=PreTrainedConfig)
 
 
 class _ValidatedConfig(PreTrainedConfig):
@@ -74,7 +75,7 @@ class _ValidatedConfig(PreTrainedConfig):
 
 
 class DeepSeekOCRVisionSamConfig(_ValidatedConfig):
-    """The SAM ViT-B stage with its neck and its 16x compressor.
+    """The SAM ViT-B stage with its neck and its 16x compressor. Errors are those of a `DeepSeekOCRVisionConfig`.
 
     Args:
         hidden_size: Width of a patch, in channels.
@@ -90,9 +91,6 @@ class DeepSeekOCRVisionSamConfig(_ValidatedConfig):
         hidden_act: Activation of the MLPs, a key of `transformers.activations.ACT2FN`.
         layer_norm_eps: Epsilon of every layer norm of the stage.
         initializer_range: Standard deviation of the normal distribution that a new model's weights come from.
-
-    Raises:
-        TypeError, ValueError: As a `DeepSeekOCRVisionConfig` does.
     """
 
     model_type = "deepseek_ocr_vision_sam"
@@ -150,6 +148,8 @@ class DeepSeekOCRVisionSamConfig(_ValidatedConfig):
 class DeepSeekOCRVisionClipConfig(_ValidatedConfig):
     """The CLIP-L stage, which reads the compressed grid in place of patches of its own.
 
+    Errors are those of a `DeepSeekOCRVisionConfig`.
+
     Args:
         hidden_size: Width of a token, in channels.
         intermediate_size: Hidden width of each layer's MLP.
@@ -159,9 +159,6 @@ class DeepSeekOCRVisionClipConfig(_ValidatedConfig):
         hidden_act: Activation of the MLPs, a key of `transformers.activations.ACT2FN`.
         layer_norm_eps: Epsilon of every layer norm of the stage.
         initializer_range: Standard deviation of the normal distribution that a new model's weights come from.
-
-    Raises:
-        TypeError, ValueError: As a `DeepSeekOCRVisionConfig` does.
     """
 
     model_type = "deepseek_ocr_vision_clip"
@@ -214,7 +211,7 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
         projection_dim: Width after the projector, for `"projected"` and `"sequence"`.
 
     Attributes:
-        hidden_size: Width of the tokens that come out (1024, 2048 or `projection_dim`, by mode). Derived, read-only.
+        hidden_size: Width of the tokens (1024, 2048 or `projection_dim`, by feature mode). Derived, read-only.
 
     Raises:
         TypeError: A field has a value of another type; the message names the field.
@@ -240,10 +237,8 @@ class DeepSeekOCRVisionConfig(AtomicSavingMixin, _ValidatedConfig):
         stated_hidden_size = kwargs.pop("hidden_size", None)
         if IN_PACKAGE:
             kwargs.pop("auto_map", None)
-        self.sam_config: DeepSeekOCRVisionSamConfig = _as_config("sam_config", sam_config, DeepSeekOCRVisionSamConfig)
-        self.clip_config: DeepSeekOCRVisionClipConfig = _as_config(
-            "clip_config", clip_config, DeepSeekOCRVisionClipConfig
-        )
+        self.sam_config = _as_config("sam_config", sam_config, DeepSeekOCRVisionSamConfig)
+        self.clip_config = _as_config("clip_config", clip_config, DeepSeekOCRVisionClipConfig)
         self.image_size = self.sam_config.image_size if image_size is None else image_size
         self.patch_size = self.sam_config.token_size if patch_size is None else patch_size
         self.num_channels = num_channels
@@ -316,7 +311,7 @@ def _at_home() -> Any:
     return at_home
 
 
-def _as_config(field: str, value: Any, config_class: type[PreTrainedConfig]) -> Any:
+def _as_config(field: str, value: Any, config_class: type[Stage]) -> Stage:
     if value is None:
         return config_class()
     if isinstance(value, dict):

@@ -75,30 +75,10 @@ class ClipTransformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(
-        self, hidden_states: torch.Tensor, *, output_hidden_states: bool = False, output_attentions: bool = False
-    ) -> BaseModelOutput:
-        all_hidden_states, all_weights = [hidden_states], []
-        for layer in self.layers:
-            hidden_states = checkpointable(layer, hidden_states)
-            hidden_states, weights = layer(hidden_states, output_attentions=output_attentions)
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
-            if output_attentions:
-                all_weights.append(weights)
-        return BaseModelOutput(
-            last_hidden_state=hidden_states,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_weights) if output_attentions else None,
-        )
-
 
 class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
-    """The CLIP stage: the compressed grid [B, C, H, W] to tokens [B, N, C], or [B, N + 1, C] with the class token.
-
-    Args:
-        config: The CLIP stage.
-        class_token: Whether a class token goes in front, as in the released model.
+    """The CLIP stage: the compressed grid [B, C, H, W] to tokens [B, N, C], or [B, N + 1, C] with the class token in
+    front, as in the released model.
     """
 
     config_class = DeepSeekOCRVisionClipConfig
@@ -124,6 +104,16 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
     ) -> BaseModelOutput:
         # The stages may be of different dtypes.
         hidden_states = self.pre_layrnorm(self.embeddings(feature_map.to(self.dtype)))
-        return self.transformer(
-            hidden_states, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+        all_hidden_states, all_weights = [hidden_states], []
+        for layer in self.transformer.layers:
+            hidden_states = checkpointable(layer, hidden_states)
+            hidden_states, weights = layer(hidden_states, output_attentions=output_attentions)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if output_attentions:
+                all_weights.append(weights)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
         )

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 from safetensors import SafetensorError
-from transformers import IMAGE_PROCESSOR_MAPPING, AutoImageProcessor
+from transformers import AutoImageProcessor
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..configuration.checks_deepseek_ocr_vision import list_some
 from ..configuration.configuration_deepseek_ocr_vision import FeatureMode
-from ..configuration.presets_deepseek_ocr_vision import preset_of, require_preset
+from ..configuration.presets_deepseek_ocr_vision import require_preset
 from ..saving.saving_deepseek_ocr_vision import IN_PACKAGE, NEEDS_PACKAGE, AtomicSavingMixin
 from .base_deepseek_ocr_vision import DeepSeekOCRVisionPreTrainedModel
 
@@ -68,11 +68,7 @@ class CheckpointMixin(AtomicSavingMixin, DeepSeekOCRVisionPreTrainedModel):
         # Pickles can run code.
         kwargs.setdefault("use_safetensors", True)
         if IN_PACKAGE and source is not None:
-            try:
-                from deepseek_ocr_vision.weights import check_before_loading
-            except ImportError as error:
-                raise ImportError(NEEDS_PACKAGE) from error
-            kwargs = check_before_loading(
+            kwargs = _weights().check_before_loading(
                 cls, source, strict=strict, allow_mismatched=ignore_mismatched_sizes, options=kwargs
             )
         try:
@@ -95,11 +91,7 @@ class CheckpointMixin(AtomicSavingMixin, DeepSeekOCRVisionPreTrainedModel):
         else:
             model._origin = _origin_of(source, kwargs)
         if verify_checksums:
-            try:
-                from deepseek_ocr_vision.saving.checksums import verify_loaded
-            except ImportError as error:
-                raise ImportError(NEEDS_PACKAGE) from error
-            verify_loaded(source, **_hub_options(kwargs))
+            _weights().verify_loaded(source, **_hub_options(kwargs))
         result: Any = (model, loading_info) if output_loading_info else model
         return result
 
@@ -114,41 +106,70 @@ class CheckpointMixin(AtomicSavingMixin, DeepSeekOCRVisionPreTrainedModel):
     ) -> Self:
         """Load the encoder out of a whole DeepSeek-OCR, Unlimited-OCR or LLaVA checkpoint, and nothing else of it.
 
+        Of a repository on the Hub only the encoder's tensors are fetched, 0.8 of 6.7 GB, and kept in the Hub's cache.
+
         Args:
-            source: A Hub id such as `"deepseek-ai/DeepSeek-OCR"`, a folder, or a safetensors file.
-            preset: Which preprocessing the model will be used with; it decides the feature mode.
-            feature_mode: Another mode than the preset's.
-            kwargs: As `weights.load_deepseek_ocr` takes them: `config`, `dtype`, `verify_checksums`, the Hub's
-                `revision` or `token`, and what `from_pretrained` takes, such as `attn_implementation`.
+            source: A Hub id such as `"deepseek-ai/DeepSeek-OCR"` or `"baidu/Unlimited-OCR"`, a folder with one or many
+                safetensors files, or one such file; in the released layout or that of transformers.
+            preset: Which preprocessing the model will be used with, a key of `PRESETS`; it decides the feature mode.
+            feature_mode: Another feature mode than the preset's.
+            kwargs: `dtype`, what to convert the weights to, by default nothing; `verify_checksums`, whether to compare
+                what is on this machine with its `SHA256SUMS`; `config`, the encoder, where its size is not the
+                released one and the checkpoint does not say so; the Hub's `revision`, `token`, `cache_dir`,
+                `force_download` and `local_files_only`; and what `from_pretrained` takes.
+
+        Returns:
+            The model in `eval()`. Every parameter requires a gradient.
 
         Raises:
             TypeError: `source` is no path and no Hub id.
-            ValueError: The checkpoint does not fit, is corrupt or holds no safetensors; the message says what.
+            ValueError: A tensor is missing, of another shape or not finite, or a file is corrupt, no safetensors or
+                not what its checksums say; the message names keys and shapes, or the file.
             OSError: It is not there or cannot be fetched; the message names the file, or status and repository.
         """
         mode = require_preset(preset).feature_mode if feature_mode is None else feature_mode
-        try:
-            from deepseek_ocr_vision.weights import load_deepseek_ocr
-        except ImportError as error:
-            raise ImportError(NEEDS_PACKAGE) from error
-        return load_deepseek_ocr(cls, source, feature_mode=mode, **kwargs)
+        return _weights().load_deepseek_ocr(cls, source, feature_mode=mode, **kwargs)
 
     @classmethod
     def from_encoder(cls, encoder: Any, *, copy: bool = False) -> Self:
-        """Make a trainable model of a live `DeepSeekOCREncoder`: see `weights.load_live_encoder`."""
-        try:
-            from deepseek_ocr_vision.weights import load_live_encoder
-        except ImportError as error:
-            raise ImportError(NEEDS_PACKAGE) from error
-        return load_live_encoder(cls, encoder, copy=copy)
+        """Make a trainable model of a live `deepseek_ocr_encoder.DeepSeekOCREncoder`: the same tokens, and gradients.
+
+        Args:
+            encoder: The encoder, of any version of that package.
+            copy: Whether the model gets weights of its own. By default it shares the encoder's, so that training it
+                trains both.
+
+        Returns:
+            The model in feature mode `"residual"`, in `eval()`, on the encoder's device and in its dtype.
+
+        Raises:
+            TypeError: `encoder` is something else.
+            ValueError: Its tensors do not fit, are not finite, or can only be trained as a copy.
+        """
+        return _weights().load_live_encoder(cls, encoder, copy=copy)
 
     def write_deepseek_ocr(self, base: str | os.PathLike, target: str | os.PathLike, **hub_options: Any) -> Any:
-        """Write a copy of a whole checkpoint with this encoder's weights in it: see `weights.write_deepseek_ocr`."""
-        try:
-            from deepseek_ocr_vision.weights import write_deepseek_ocr
-        except ImportError as error:
-            raise ImportError(NEEDS_PACKAGE) from error
-        return write_deepseek_ocr(self, base, target, **hub_options)
+        """Write a copy of a whole checkpoint with this encoder's weights in place of its own.
+
+        All else stays byte for byte: language model, index, configuration, tokenizer, and what this feature mode does
+        not have. Each weight is written in the base's dtype. The target appears by one rename, at the end.
+
+        Args:
+            base: A DeepSeek-OCR or Unlimited-OCR: a folder, a safetensors file or a Hub id, which is fetched whole; in
+                the released layout or that of transformers. Where it has `SHA256SUMS`, they are compared first.
+            target: The new folder, or file if the base is one; it must not exist yet, or be an empty folder.
+            hub_options: `revision`, `token` and `cache_dir` of a base on the Hub.
+
+        Returns:
+            A `WriteReport` of what was replaced, rounded to the base's dtype, kept, and left out.
+
+        Raises:
+            ValueError: The base's encoder is not of this model's size, the base is not what its checksums say, a
+                weight is not finite or does not fit into the base's dtype, or adapters are not merged.
+            FileExistsError: There is something at `target`.
+            OSError: The base cannot be read, the target not be written, or the disk is too small.
+        """
+        return _weights().write_deepseek_ocr(self, base, target, **hub_options)
 
     def default_image_processor(self) -> Any:
         """What prepares images for this model: the image processor saved where it was loaded from or, where there is
@@ -157,22 +178,23 @@ class CheckpointMixin(AtomicSavingMixin, DeepSeekOCRVisionPreTrainedModel):
         if self._origin is not None and _may_hold_image_processor(self._origin):
             is_remote_code = type(self).__module__.startswith("transformers_modules.")
             return AutoImageProcessor.from_pretrained(**self._origin, trust_remote_code=is_remote_code)
-        if type(self.config) not in IMAGE_PROCESSOR_MAPPING:
-            raise ValueError("The checkpoint has no image processor; pass one as `image_processor`.")
-        registered = IMAGE_PROCESSOR_MAPPING[type(self.config)]
-        # transformers keeps a tuple at first, with gaps, and a dictionary by backend later.
-        classes = registered.values() if isinstance(registered, dict) else registered
-        image_processor_class = next(entry for entry in classes if entry is not None)
-        return image_processor_class(preset=preset_of(self.config.feature_mode), size=self.config.image_size)
+        try:
+            return _weights().default_image_processor(self.config)
+        except ImportError as error:
+            raise ValueError("The checkpoint has no image processor; pass one as `image_processor`.") from error
+
+
+def _weights() -> Any:
+    """What of loading and saving stays in the package."""
+    try:
+        from deepseek_ocr_vision import weights
+    except ImportError as error:
+        raise ImportError(NEEDS_PACKAGE) from error
+    return weights
 
 
 def check_loading_info(loading_info: dict[str, Any], *, allow_mismatched: bool) -> None:
-    """Refuse a checkpoint that lacks weights, has other shapes, or holds what the model does not know.
-
-    Args:
-        loading_info: What transformers' `from_pretrained(output_loading_info=True)` gives.
-        allow_mismatched: Whether tensors of another shape, newly initialised by then, are what the caller asked for.
-    """
+    """Refuse a checkpoint by what transformers' `from_pretrained(output_loading_info=True)` says of it."""
     problems = problems_with(
         missing=loading_info["missing_keys"],
         unexpected=loading_info["unexpected_keys"],

@@ -21,12 +21,7 @@ from .base_deepseek_ocr_vision import LayerGroups, floating_dtype, input_device,
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import CheckpointMixin
 from .sam_deepseek_ocr_vision import SamEncoder
-from .sequence_deepseek_ocr_vision import (
-    DeepSeekOCRVisionOutput,
-    flatten_views,
-    grids_of_tiles,
-    pad_and_concatenate,
-)
+from .sequence_deepseek_ocr_vision import DeepSeekOCRVisionOutput, flatten_views, grids_of_tiles, pad_and_concatenate
 
 
 if TYPE_CHECKING:
@@ -54,16 +49,13 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
     """The encoder: SAM ViT-B, a 16x convolutional compressor, and CLIP-L. A 1024 x 1024 page becomes 256 tokens.
 
     Parameters are named as in the released checkpoint, less its prefix `model.`, which loading takes off.
-
-    Args:
-        config: The encoder, validated once more here.
     """
 
     config_class = DeepSeekOCRVisionConfig
     base_model_prefix = "model"
     embeddings_path = "sam_model.patch_embed.proj"
     # What a checkpoint may hold beyond the vision weights of this model's mode: the language model around the
-    # released encoder, CLIP's unused patch embedding, and what the other modes use.
+    # released encoder, CLIP's unused patch embedding, and what the other feature modes use.
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^(model\.)?(embed_tokens|layers|norm)\.",
         r"^lm_head\.",

@@ -59,12 +59,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
-    """The SAM stage: pixels [B, 3, height, width] to the compressed grid [B, 1024, height / 64, width / 64].
-
-    Args:
-        config: The SAM stage.
-        num_channels: Colour channels of the pixels.
-    """
+    """The SAM stage: pixels [B, 3, height, width] to the compressed grid [B, 1024, height / 64, width / 64]."""
 
     config_class = DeepSeekOCRVisionSamConfig
     base_model_prefix = "sam_model"

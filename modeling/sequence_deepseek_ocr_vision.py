@@ -70,8 +70,7 @@ def pad_and_concatenate(
     weights wait for each other in each.
 
     Returns:
-        The rows, padded with zeros at the end, [B, N, C]; the mask [B, N] of what is a token; the mean of each row's
-        tokens, [B, C].
+        The rows, padded with zeros at the end, [B, N, C]; the mask [B, N] of what is a token; each row's mean, [B, C].
     """
     if not grids:
         nothing = flatten_views(tiles, pages, **special_tokens)  # [0, N, C]
@@ -90,17 +89,14 @@ def pad_and_concatenate(
 def grids_of_tiles(
     num_local_patches: Any, patches_grid: Any, *, pages: torch.Tensor, tiles: torch.Tensor | None
 ) -> list[tuple[int, int]] | None:
-    """Columns and rows of each image's tiles, 0 and 0 where it has none; `None` where no tiles are given at all.
-
-    Args and errors: as `DeepSeekOCRVisionModel.forward` says; `pages` and `tiles` are their pixels.
-    """
+    """Columns and rows of each image's tiles, 0 and 0 where it has none; `None` where no tiles are given at all."""
     if tiles is None:
         if num_local_patches is not None and any(_integers("num_local_patches", num_local_patches, depth=1)):
             raise ValueError(f"`num_local_patches` is {num_local_patches}, but there are no `pixel_values_local`.")
         return None
     counts = _integers("num_local_patches", num_local_patches, depth=1)
     grids = _integers("patches_grid", patches_grid, depth=2)
-    for name, entries in (("num_local_patches", counts), ("patches_grid", grids)):
+    for name, entries in {"num_local_patches": counts, "patches_grid": grids}.items():
         if len(entries) != len(pages):
             raise ValueError(f"`{name}` has {len(entries)} entries for {len(pages)} images in `pixel_values`.")
     for index, (count, grid) in enumerate(zip(counts, grids, strict=True)):

@@ -7,7 +7,7 @@ mode Gundam (arXiv 2510.18234, section 3.2, and its code) a large image is cut i
 import inspect
 import os
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import numpy as np
@@ -52,7 +52,6 @@ _VOIDED_BY = {
 }
 # What a JSON file says about the class.
 FILE_FIELDS = ("image_processor_type", "processor_class", "auto_map")
-TENSOR_TYPES = ("pt", "np")
 CHANNEL_ORDERS = ("channels_first", "channels_last")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
@@ -135,10 +134,9 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         image_mean: Mean of each channel, or of all, after rescaling. Defaults to the preset's.
         image_std: Standard deviation of each channel, or of all, after rescaling. Defaults to the preset's.
         do_convert_rgb: Whether other modes are converted. If not, they are errors.
-        resize_backend: What resizes. `"pil"`: Pillow, as the released models' own code does. `"torchvision"`: its
-            tensor kernels, several times as fast, on any device. Of a page's 256 levels about 0.5 % differ by one or
-            two; more differ, by up to 30 at the edges of sharp letters, where Pillow 13 resizes a page's height before
-            its width, as torchvision does not. `"auto"`: torchvision for tensors if it is installed, else Pillow.
+        resize_backend: What resizes. `"pil"`: Pillow, as the released models' own code does. `"torchvision"`: several
+            times as fast, on any device; about 0.5 % of a page's pixels differ by one or two of 256 levels, with
+            Pillow 13 more, by up to 30 at the edges of letters. `"auto"`: torchvision, if installed, for tensors.
 
     All of these but `preset` can also be given for one call, as can `return_tensors` (`"pt"`, `"np"`, or `None` for a
     list of tensors), `data_format` and `input_data_format` (`"channels_first"`, `"channels_last"`) and `device`. What
@@ -276,7 +274,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
     ) -> BatchFeature:
         """Prepare images; what calling the image processor does. Arguments, result and errors: see the class."""
         settings = self._with({name: value for name, value in overrides.items() if value is not None})
-        return_tensors = _optional_choice("return_tensors", return_tensors, TENSOR_TYPES)
+        return_tensors = _optional_choice("return_tensors", return_tensors, ("pt", "np"))
         data_format = _optional_choice("data_format", data_format, CHANNEL_ORDERS)
         input_data_format = _optional_choice("input_data_format", input_data_format, CHANNEL_ORDERS)
         settings._require_backend()
@@ -322,23 +320,19 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         return type(self)(**_without_voided({name: getattr(self, name) for name in FIELDS}, overrides) | overrides)
 
     def _require_backend(self) -> None:
-        if self.resize_backend == "torchvision" and torchvision_functional is None:
+        if self.resize_backend != "torchvision":
+            return
+        if torchvision_functional is None:
             raise ImportError("`resize_backend` is 'torchvision', which is not installed; install it or choose 'pil'.")
-        if self.resize_backend == "torchvision" and self.do_resize and self.resample not in _TORCHVISION_MODES:
-            allowed = [int(mode) for mode in _TORCHVISION_MODES]
-            raise ValueError(
-                f"`resample` is {self.resample}; with `resize_backend` 'torchvision' it is one of {allowed}."
-            )
-
-    def _keeps_tensor(self, image: Any) -> bool:
-        """Whether torchvision resizes `image`, and not Pillow."""
-        can_resize = torchvision_functional is not None and self.resample in _TORCHVISION_MODES
-        is_chosen = self.resize_backend == "auto" and can_resize and isinstance(image, torch.Tensor)
-        return is_chosen or self.resize_backend == "torchvision"
+        if self.do_resize and self.resample not in _TORCHVISION_MODES:
+            allowed = f"with `resize_backend` 'torchvision' it is one of {[*map(int, _TORCHVISION_MODES)]}"
+            raise ValueError(f"`resample` is {self.resample}; {allowed}.")
 
     def _views(self, image: Any, name: str, *, input_data_format: str | None, device: Any) -> Views:
         """The page and the tiles of an image."""
-        keeps_tensor = self._keeps_tensor(image)
+        can_resize = torchvision_functional is not None and self.resample in _TORCHVISION_MODES
+        is_chosen = self.resize_backend == "auto" and can_resize and isinstance(image, torch.Tensor)
+        keeps_tensor = is_chosen or self.resize_backend == "torchvision"  # which resizes, and not Pillow
         options = {"do_convert_rgb": self.do_convert_rgb, "keeps_tensor": keeps_tensor}
         read, scale = read_image(image, name, input_data_format=input_data_format, **options)
         if not self.do_resize:
@@ -350,9 +344,8 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Columns and rows of the tiles that an image is cut into; 1 and 1 if it is not."""
-        if self.tile_size is None:
-            return 1, 1
-        return tile_grid(height, width, tile_size=self.tile_size, max_tiles=self.max_patches)
+        tile_size = self.tile_size or max(height, width)
+        return tile_grid(height, width, tile_size=tile_size, max_tiles=self.max_patches)
 
     def placement(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Where on the page an image of `height` x `width` pixels comes to lie: top, left, height and width."""
@@ -411,8 +404,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         """The tiles of all images, as `_normalized` gives pages: [T, 3, S, S]."""
         tiles = [tile for view in views for tile in view.tiles]
         if not tiles:
-            side = self.tile_size or 0
-            return torch.empty(0, 3, side, side, device=device or views[0].page.device)
+            return views[0].tiles.float().to(device or views[0].page.device)
         return self._normalized(tiles, [view.scale for view in views for _ in view.tiles], device)
 
     def _factor_and_shift(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -480,21 +472,18 @@ def _sizes(
     if mode is None:
         return _page_size(PAGE_SIZE if size is None else size), _tile_side(tile_size)
     chosen = require_mode(mode, preset)
-    own = {"size": _page_size(chosen.size), "tile_size": chosen.tile_size}
-    for name, value in {
-        "size": None if size is None else _page_size(size),
-        "tile_size": _tile_side(tile_size),
-    }.items():
-        if value is not None and value != own[name]:
-            raise ValueError(f"`{name}` is {value!r}, but in mode {mode!r} it is {own[name]!r}; give one of the two.")
-    return _page_size(chosen.size), chosen.tile_size
+    page, tile = _page_size(chosen.size), chosen.tile_size
+    given = None if size is None else _page_size(size)
+    for name, value, own in (("size", given, page), ("tile_size", _tile_side(tile_size), tile)):
+        if value is not None and value != own:
+            raise ValueError(f"`{name}` is {value!r}, but in mode {mode!r} it is {own!r}; give one of the two.")
+    return page, tile
 
 
 def _tile_side(tile_size: Any) -> int | None:
-    if tile_size is None:
-        return None
-    tile_size = require_integer("tile_size", tile_size)
-    require_whole_tokens("tile_size", tile_size, tile_size, token_size=TOKEN_SIZE)
+    if tile_size is not None:
+        tile_size = require_integer("tile_size", tile_size)
+        require_whole_tokens("tile_size", tile_size, tile_size, token_size=TOKEN_SIZE)
     return tile_size
 
 
@@ -510,21 +499,16 @@ def tile_grid(height: int, width: int, *, tile_size: int, max_tiles: int) -> tup
     """
     if max(height, width) <= tile_size:
         return 1, 1
+    sides = range(1, max_tiles + 1)
+    grids = [(columns, rows) for columns in sides for rows in sides[: max_tiles // columns]]
     nearest, least_distance = (1, 1), float("inf")
-    for columns, rows in _grids(max_tiles):
+    # Fewer tiles first, and never a single one.
+    for columns, rows in sorted(grids, key=prod)[1:]:
         distance = abs(width / height - columns / rows)
         fills_more = height * width > 0.5 * tile_size * tile_size * columns * rows
         if distance < least_distance or (distance == least_distance and fills_more):
             nearest, least_distance = (columns, rows), distance
     return nearest
-
-
-@lru_cache
-def _grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Columns and rows of every grid, fewer tiles first."""
-    sides = range(1, max_tiles + 1)
-    grids = [(columns, rows) for columns in sides for rows in sides if MIN_TILES <= columns * rows <= max_tiles]
-    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
 def cut(images: torch.Tensor, tile_size: int) -> torch.Tensor:
@@ -547,13 +531,11 @@ def _as_tensor(image: Image.Image | torch.Tensor) -> torch.Tensor:
 
 def _packed(pixels: Pixels, return_tensors: str | None, data_format: str | None) -> Any:
     """`pixels` in the order and the kind of container that were asked for."""
-    if data_format == "channels_last" and isinstance(pixels, torch.Tensor):
-        pixels = pixels.permute(0, 2, 3, 1).contiguous()
-    elif data_format == "channels_last":
-        pixels = [page.permute(1, 2, 0).contiguous() for page in pixels]
+    is_last = data_format == "channels_last"
     if return_tensors is None:
-        return list(pixels)
+        return [page.permute(1, 2, 0).contiguous() if is_last else page for page in pixels]
     if not isinstance(pixels, torch.Tensor):
         shapes = [tuple(page.shape) for page in pixels]
         raise ValueError(f"`return_tensors` is {return_tensors!r}, but the pages differ in shape: {shapes}.")
+    pixels = pixels.permute(0, 2, 3, 1).contiguous() if is_last else pixels
     return pixels if return_tensors == "pt" else pixels.cpu().numpy()

@@ -4,7 +4,6 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import IO, Any
 
@@ -82,7 +81,12 @@ def open_image(file: str | os.PathLike | IO[bytes], name: str) -> Image.Image:
     """
     if isinstance(file, str | os.PathLike):
         name = f"{name} ({os.fspath(file)})"
-        _require_file(file, name)
+        if isinstance(file, str) and _URL.match(file):
+            raise ValueError(f"{name} is a URL; nothing is downloaded here. Fetch it first and give its path.")
+        if not os.path.exists(file):
+            raise FileNotFoundError(f"{name}: there is no such file.")
+        if not os.path.isfile(file):
+            raise OSError(f"{name} is no file.")
     Image.init()
     try:
         return Image.open(file, formats=[each for each in IMAGE_FORMATS if each in Image.OPEN])
@@ -103,15 +107,6 @@ def fetch_images_of(images: Any, name: str) -> Any:
     opened = open_image(images, name)
     _load(opened, f"{name} ({os.fspath(images)})")
     return opened
-
-
-def _require_file(path: str | os.PathLike, name: str) -> None:
-    if isinstance(path, str) and _URL.match(path):
-        raise ValueError(f"{name} is a URL; nothing is downloaded here. Fetch it first and give its path.")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{name}: there is no such file.")
-    if not os.path.isfile(path):
-        raise OSError(f"{name} is no file.")
 
 
 def _what_it_is(file: str | os.PathLike | IO[bytes]) -> str:
@@ -162,25 +157,18 @@ def _load(image: Image.Image, name: str) -> None:
     _require_pixels(image.height, image.width, name)
     if isinstance(image, ImageFile.ImageFile):
         _require_format(image, name)
+    filename = getattr(image, "filename", "")
     try:
         _mend_transparent_colour(image)
-        with _not_mapped(image):
-            image.load()
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            # Or Pillow would map it into memory, where it takes the turned size for that of the rows.
+            image.filename = ""
+        image.load()
     except Exception as error:
         raise _unreadable(name, error) from error
-
-
-@contextmanager
-def _not_mapped(image: Image.Image) -> Iterator[None]:
-    """Keep Pillow from mapping a TIFF file into memory, where it takes the turned size for that of the rows."""
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        yield
-        return
-    filename, image.filename = image.filename, ""
-    try:
-        yield
     finally:
-        image.filename = filename
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            image.filename = filename
 
 
 def _require_format(image: ImageFile.ImageFile, name: str) -> None:

@@ -26,11 +26,7 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
     `LlavaProcessor(image_processor, tokenizer, patch_size=64, vision_feature_select_strategy="full")`.
 
     Args:
-        image_processor: The image processor. Defaults to a `DeepSeekOCRVisionImageProcessor` as built without
-            arguments.
-
-    Raises:
-        TypeError: `image_processor` is no image processor.
+        image_processor: Defaults to a `DeepSeekOCRVisionImageProcessor()`. What is none is a `TypeError`.
     """
 
     code_entries: ClassVar = ("AutoImageProcessor", "AutoProcessor")
@@ -44,15 +40,12 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
         return cls(DeepSeekOCRVisionImageProcessor.from_deepseek_ocr(source, **kwargs))
 
     def __call__(self, images: Any = None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
-        """Prepare images.
+        """Prepare images, as `DeepSeekOCRVisionImageProcessor` takes them.
 
-        Args:
-            images: Images, as `DeepSeekOCRVisionImageProcessor` takes them.
-            **kwargs: What the image processor takes for one call, also inside `images_kwargs` or `common_kwargs`.
+        What that takes for one call may also stand inside `images_kwargs` or `common_kwargs`.
 
         Raises:
-            TypeError, ValueError: There is text or no image, the image processor cannot read one, or an argument is
-                not known.
+            TypeError, ValueError: There is text or no image, an image cannot be read, or an argument is not known.
         """
         given: dict[str, Any] = {**kwargs}
         if given.pop("text", None) is not None or given.pop("text_kwargs", None):

@@ -6,12 +6,13 @@ about to load, `checkpoints` and `hub` open what is on this machine and elsewher
 errors, `names` matches tensors, `sizes` tells how large an encoder is, and `safetensors_files` reads safetensors.
 """
 
+from deepseek_ocr_vision.saving.checksums import verify_loaded
 from deepseek_ocr_vision.saving.staging import atomic_write
 
 from .before_loading import check_before_loading
 from .checkpoints import compare_checksums
 from .live_encoder import load_live_encoder
-from .loading import is_encoder, load_encoder
+from .loading import default_image_processor, is_encoder, load_encoder
 from .reading import load_deepseek_ocr
 from .repository import check_repository_id
 from .sizes import image_size_of
@@ -26,10 +27,12 @@ __all__ = [
     "check_checkpoint",
     "check_repository_id",
     "compare_checksums",
+    "default_image_processor",
     "image_size_of",
     "is_encoder",
     "load_deepseek_ocr",
     "load_encoder",
     "load_live_encoder",
+    "verify_loaded",
     "write_deepseek_ocr",
 ]

@@ -5,7 +5,7 @@ from typing import Any
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FeatureMode
-from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import ModeName
+from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import ModeName, preset_of
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
 
@@ -52,6 +52,13 @@ def load_encoder(
     if mode is not None:
         image_processor.mode = mode
     return model.eval(), image_processor
+
+
+def default_image_processor(
+    config: DeepSeekOCRVisionConfig, *, size: int | None = None
+) -> DeepSeekOCRVisionImageProcessor:
+    """The image processor of the preset that goes with an encoder's feature mode, at its size or another one."""
+    return DeepSeekOCRVisionImageProcessor(preset_of(config.feature_mode), size=size or config.image_size)
 
 
 def is_encoder(source: str | os.PathLike) -> bool:
