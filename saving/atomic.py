@@ -38,20 +38,14 @@ _HUB_OPTIONS = ("commit_message", "commit_description", "private", "token", "rev
 
 
 def save_atomically(
-    saved: Any,
-    save: Callable,
-    save_directory: str | os.PathLike,
-    *,
-    with_code: bool,
-    options: dict[str, Any],
+    saved: Any, save: Callable, save_directory: str | os.PathLike, *, with_code: bool, options: dict[str, Any]
 ) -> list[str] | None:
     """Save a model, a configuration or a processor so that an interruption at any point is harmless.
 
-    Killed, or stopped by an error, at whatever point: the folder loads as what was there before or as what is saved
-    now, bit for bit. Two exceptions: the weights of a `variant` are replaced file by file, and an interruption can
-    leave a variant of several files that does not load; and code files of two versions of this package can be left
-    side by side. What all processes write together, with `distributed_checkpoint`, goes straight into the folder. The
-    disk has to hold the old weights and the new ones at once.
+    There are two exceptions: the weights of a `variant` are replaced file by file, and an interruption can leave a
+    variant of several files that does not load; and code files of two versions of this package can be left side by
+    side. What all processes write together, with `distributed_checkpoint`, goes straight into the folder. The disk has
+    to hold the old weights and the new ones at once.
 
     Args:
         saved: What is saved.
@@ -63,13 +57,10 @@ def save_atomically(
 
     Returns:
         What `save` returns: `None`, or the paths of files.
-
-    Raises:
-        NotADirectoryError: `save_directory` is a file.
-        OSError: The folder cannot be written to, or the disk is full.
     """
     target = Path(save_directory)
-    if _is_staging(target) or options.get("distributed_checkpoint"):
+    is_staging = target.parent.name == _STAGING_PLACE.name and target.name.startswith(PREFIX)
+    if is_staging or options.get("distributed_checkpoint"):
         # In a staging folder it is the configuration of a model that is being saved in this way itself.
         if with_code:
             stage_code(target)
@@ -101,10 +92,6 @@ def _naming_the_folder(target: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise OSError(f"{target} could not be saved, and is as it was before: {error}") from error
-
-
-def _is_staging(folder: Path) -> bool:
-    return folder.parent.name == _STAGING_PLACE.name and folder.name.startswith(PREFIX)
 
 
 @contextmanager
@@ -168,12 +155,12 @@ def _make_pending(staged: Path) -> None:
     (staged / PENDING).mkdir(parents=True)
     for path in weights:
         path.rename(staged / PENDING / path.name)
-    pointer, index = f"{PENDING}/{SAFE_WEIGHTS_NAME}", staged / PENDING / SAFE_WEIGHTS_INDEX_NAME
+    index = staged / PENDING / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
-        pointer = f"{PENDING}/{SAFE_WEIGHTS_INDEX_NAME}"
         _rename_in_index(index, index, rename=lambda name: f"{PENDING}/{name}")
     shutil.copyfile(config, staged / PENDING / CONFIG_NAME)
-    _write_json(config, _read_json(config) | {_POINTER: pointer})
+    named = SAFE_WEIGHTS_INDEX_NAME if index.is_file() else SAFE_WEIGHTS_NAME
+    _write_json(config, _read_json(config) | {_POINTER: f"{PENDING}/{named}"})
 
 
 def _finish(target: Path) -> None:
@@ -267,6 +254,3 @@ def _push(saved: Any, target: Path, *, names: list[str], options: dict[str, Any]
     stand_in.save_pretrained = copy_files
     hub_options = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
     stand_in.push_to_hub(options.get("repo_id") or target.resolve().name, **hub_options)
-
-
-__all__ = ["PENDING", "save_atomically"]

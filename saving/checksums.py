@@ -15,9 +15,6 @@ from transformers.utils import cached_file
 from .saving_deepseek_ocr_vision import CHECKSUMS
 
 
-# What people edit on the Hub's own pages.
-_NOT_SUMMED = ("README.md",)
-
 _LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>[^/\\\n]+)")
 
 
@@ -28,15 +25,12 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 def write_checksums(folder: str | os.PathLike) -> Path:
-    """Write `SHA256SUMS` for every file in `folder` except the model card and hidden files.
-
-    Returns:
-        The path of the file.
+    """Write `SHA256SUMS` for every file in `folder` except the model card, which people edit on the Hub's own pages,
+    and hidden files; give its path.
     """
     folder = Path(folder)
-    passed_over = (CHECKSUMS, *_NOT_SUMMED)
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in passed_over]
-    lines = [f"{sha256_of(path)}  {path.name}\n" for path in paths if not path.name.startswith(".")]
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    lines = [f"{sha256_of(path)}  {path.name}\n" for path in paths if path.name not in (CHECKSUMS, "README.md")]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
     return folder / CHECKSUMS
 
@@ -63,11 +57,8 @@ def read_checksums(folder: str | os.PathLike) -> dict[str, str]:
 
 
 def verify_checksums(folder: str | os.PathLike, *, allow_missing: bool = False) -> list[str]:
-    """Compare the files of a folder with its `SHA256SUMS`.
-
-    Args:
-        folder: The checkpoint.
-        allow_missing: Whether files may be missing, as in the Hub's cache, which holds only what was asked for.
+    """Compare the files of a folder with its `SHA256SUMS`; with `allow_missing` those that are there, as in the Hub's
+    cache, which holds only what was asked for.
 
     Returns:
         The names of the files that were compared.
@@ -91,20 +82,8 @@ def verify_checksums(folder: str | os.PathLike, *, allow_missing: bool = False) 
 
 
 def verify_loaded(source: str | os.PathLike | None, **hub_options: Any) -> list[str]:
-    """Compare the files that `from_pretrained` has read, in a folder or in the Hub's cache, with their sums.
-
-    Args:
-        source: The folder or the Hub id.
-        hub_options: `cache_dir`, `revision` and so on, as transformers takes them.
-
-    Raises:
-        OSError: There are no sums.
-        ValueError: There is no source, or a file is not the one that was summed.
-    """
+    """Compare the files that `from_pretrained` has read, in a folder or in the Hub's cache, with their sums."""
     if source is None:
         raise ValueError("`verify_checksums` is true, but without a checkpoint there are no files to compare.")
     path: Any = cached_file(source, CHECKSUMS, **hub_options)
     return verify_checksums(os.path.dirname(path), allow_missing=not os.path.isdir(source))
-
-
-__all__ = ["read_checksums", "sha256_of", "verify_checksums", "verify_loaded", "write_checksums"]

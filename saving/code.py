@@ -28,13 +28,9 @@ def flatten(source: str) -> str:
 
 
 def stage_code(folder: str | os.PathLike) -> list[Path]:
-    """Write the package's code, flat, into `folder`, made if missing. Files that are there and equal are left alone.
+    """Write the package's code, flat, into `folder`, made if missing, and give the paths of the files.
 
-    Args:
-        folder: Where the files go.
-
-    Returns:
-        The paths of the files, all directly in `folder`.
+    Files that are there and equal are left alone.
 
     Raises:
         NotADirectoryError: `folder` is a file.
@@ -62,6 +58,3 @@ def _write_if_changed(path: Path, text: str) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
-
-
-__all__ = ["FLAT_CODE", "flatten", "stage_code"]

@@ -23,13 +23,9 @@ _ATTEMPTS = 5
 
 @contextmanager
 def staging_folder(place: str | os.PathLike) -> Iterator[Path]:
-    """A new, locked folder in `place`, removed at the end. Those of killed processes in `place` are removed first.
+    """A new, locked folder in `place`, a folder on the disk that the result belongs on, removed at the end.
 
-    Args:
-        place: A folder, on the disk that the result belongs on.
-
-    Raises:
-        OSError: `place` is not there, or cannot be written to.
+    Those of killed processes in `place` are removed first.
     """
     place = Path(place)
     _remove_abandoned(place)
@@ -45,11 +41,8 @@ def staging_folder(place: str | os.PathLike) -> Iterator[Path]:
 def atomic_write(target: str | os.PathLike) -> Iterator[Path]:
     """A path to write a folder or a file to, which becomes `target` in one rename; on an error nothing is left of it.
 
-    Args:
-        target: A name that is free, or of an empty folder.
-
     Raises:
-        FileExistsError: There is something at `target`.
+        FileExistsError: There is something at `target` that is no empty folder.
     """
     target = Path(target)
     if target.is_symlink() or (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
@@ -119,6 +112,3 @@ def _unlock(descriptor: int | None) -> None:
         # Closing alone would leave the lock to processes that were forked meanwhile.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
-
-
-__all__ = ["PREFIX", "atomic_write", "locked", "staging_folder"]
