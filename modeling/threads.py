@@ -20,15 +20,9 @@ PIXELS_OF_A_ROW = 16 * 16
 
 
 def choose_num_threads(multiply_adds: float, *, available: int, omp_num_threads: str | None = None) -> int:
-    """How many threads to compute with.
+    """How many threads of those `available` to compute with, where a product has so many multiply-adds on average.
 
-    Args:
-        multiply_adds: Multiply-adds of one matrix product of the model, on average.
-        available: Threads that there are, at least 1.
-        omp_num_threads: The user's own choice, as in the environment variable of this name. It wins.
-
-    Returns:
-        From 1 to `available`; `available` where the user chose.
+    The user's own choice, as in the environment variable `OMP_NUM_THREADS`, wins.
     """
     if omp_num_threads:
         return available

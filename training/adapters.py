@@ -32,6 +32,3 @@ LANGUAGE_MODEL_LORA_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_
 """The routed experts, which are no layers but tensors of all experts of a layer: for peft's `target_parameters`, and
 without dropout. An adapter of rank r has r rows for each expert.
 """
-
-
-__all__ = ["LANGUAGE_MODEL_LORA_PARAMETERS", "LANGUAGE_MODEL_LORA_TARGETS", "LORA_TARGETS"]

@@ -4,6 +4,7 @@ Letters in the shapes: B samples, L tokens of the longest one.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_choice
 from deepseek_ocr_vision.processing.image_processing_deepseek_ocr_vision import (
     TOKEN_SIZE,
     DeepSeekOCRVisionImageProcessor,
@@ -72,8 +74,7 @@ class ImageTextCollator:
         missing = [name for name in ("image_processor", "tokenizer", "image_token") if not hasattr(processor, name)]
         if missing:
             raise TypeError(f"`processor` is a {type(processor).__name__}, which has no {' and no '.join(missing)}.")
-        if padding_side not in get_args(PaddingSide):
-            raise ValueError(f"`padding_side` is {padding_side!r}; it has to be one of {list(get_args(PaddingSide))}.")
+        require_choice("padding_side", padding_side, get_args(PaddingSide))
         for name in ("pad_token", "eos_token"):
             if getattr(processor.tokenizer, name) is None:
                 raise ValueError(f"The tokenizer of `processor` has no `{name}`; set one before.")
@@ -138,8 +139,7 @@ class ImageTextCollator:
 
     def _ended(self, answer: str) -> str:
         """An answer with the end of the sequence after it."""
-        end = self.processor.tokenizer.eos_token
-        return answer if answer.endswith(end) else answer + end
+        return answer.removesuffix(self.processor.tokenizer.eos_token) + self.processor.tokenizer.eos_token
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]], name: str, *, first_trained: int = 0) -> list[Part]:
         """A conversation as the chat template writes it: the assistant's turns, and what comes before each."""
@@ -149,9 +149,10 @@ class ImageTextCollator:
         if not turns:
             raise ValueError(f"{name} has no message of the role 'assistant' to train on.")
         parts, written = [], ""
+        render = partial(self.processor.apply_chat_template, tokenize=False)
         for turn in turns:
-            prompt = self._rendered(rendered[:turn], add_generation_prompt=True)
-            answered = self._rendered(rendered[: turn + 1])
+            prompt = render(rendered[:turn], add_generation_prompt=True) if turn else ""
+            answered = render(rendered[: turn + 1])
             if not (prompt.startswith(written) and answered.startswith(prompt)):
                 raise ValueError(
                     f"{name} has messages whose earlier turns the chat template writes otherwise once there are "
@@ -160,9 +161,6 @@ class ImageTextCollator:
             parts += [Part(prompt[len(written) :], False), Part(answered[len(prompt) :], True)]
             written = answered
         return parts
-
-    def _rendered(self, messages: list[dict[str, Any]], **options) -> str:
-        return self.processor.apply_chat_template(messages, tokenize=False, **options) if messages else ""
 
     def _check_image_tokens(self, parts: list[Part], num_images: int, name: str) -> None:
         image_token = self.processor.image_token
@@ -183,15 +181,8 @@ class ImageTextCollator:
         self, texts: list[str], images: list[Any], **options
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Each text's token ids, image tokens expanded, and what the image processor makes of the images."""
-        encoded = self.processor(
-            images=images or None,
-            text=texts,
-            add_special_tokens=False,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-            **options,
-        )
+        options |= {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
+        encoded = self.processor(images=images or None, text=texts, **options)
         masks = encoded["attention_mask"].bool()
         token_ids = [row[mask] for row, mask in zip(encoded["input_ids"], masks, strict=True)]
         names = self.processor.image_processor.model_input_names
@@ -252,8 +243,11 @@ class ImageTextCollator:
 
 def _images(sample: Mapping[str, Any], name: str) -> list[Any]:
     """A sample's images."""
-    messages = [message for key in ("messages", "prompt", "completion") for message in _messages(sample.get(key))]
-    inside = [part["image"] for message in messages for part in _image_parts(message) if part.get("image") is not None]
+    texts = [sample.get(key) for key in ("messages", "prompt", "completion")]
+    messages = [message for text in texts if isinstance(text, list | tuple) for message in text]
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list | tuple)]
+    inside = [part.get("image") for content in contents for part in content if part.get("type") == "image"]
+    inside = [image for image in inside if image is not None]
     places = {"`image`": sample.get("image"), "`images`": sample.get("images"), "its messages": inside or None}
     found = {place: images for place, images in places.items() if images is not None}
     if len(found) > 1:
@@ -264,15 +258,6 @@ def _images(sample: Mapping[str, Any], name: str) -> list[Any]:
     if not isinstance(images, list | tuple):
         raise TypeError(f"{name} has a {type(images).__name__} under `images`; it has to be a list.")
     return list(images)
-
-
-def _messages(value: Any) -> Sequence[Mapping[str, Any]]:
-    return value if isinstance(value, list | tuple) else []
-
-
-def _image_parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    content = message.get("content")
-    return [part for part in content if part.get("type") == "image"] if isinstance(content, list | tuple) else []
 
 
 def _without_images(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from itertools import groupby
 import torch
 from torch import nn
 
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some
+
 from .gradient_rows import GradientRow, gradient_norm, local_part
 
 
@@ -20,11 +22,8 @@ def problems_of(
 ) -> list[str]:
     """Everything that is wrong, the cause before its consequences.
 
-    Args:
-        rows: The layer groups, in the order of the data.
-        parameters: All parameters by name.
-        loss: What was backpropagated, or should have been.
-        stale: Parameters, by `id`, whose gradient is of an earlier step.
+    `loss` is what was backpropagated, or should have been; `stale` names parameters, by `id`, whose gradient is of an
+    earlier step.
     """
     unusable = list(_parameter_problems(parameters))
     return [
@@ -75,13 +74,10 @@ def _loss_problems(rows: list[GradientRow], loss: torch.Tensor | None) -> Iterat
             "`argmax()`), or by reentrant gradient checkpointing of layers whose input needs no gradient."
         )
     if not loss.detach().isfinite().item():
-        yield f"The loss is {loss.item()}: {_why_not_finite(rows)}"
-
-
-def _why_not_finite(rows: list[GradientRow]) -> str:
-    if _are_all_zero(rows):
-        return "the cross entropy of a batch in which every label is -100 is so, and its gradients are zero."
-    return "the forward pass has left the range of its numbers, or weights or images are not finite to begin with."
+        why = "the forward pass has left the range of its numbers, or weights or images are not finite to begin with."
+        if _are_all_zero(rows):
+            why = "the cross entropy of a batch in which every label is -100 is so, and its gradients are zero."
+        yield f"The loss is {loss.item()}: {why}"
 
 
 def _are_all_zero(rows: list[GradientRow]) -> bool:
@@ -185,13 +181,12 @@ def _zero_problems(rows: list[GradientRow], parameters: Parameters) -> Iterator[
     for is_zero, run in _runs(rows, lambda row: row.state == "zero"):
         if not is_zero:
             continue
+        why = "what comes of it is multiplied by zero, masked or lost in a dead activation on its way to the loss"
         if _holds_encoder(rows, run):
             why = (
                 "the loss does not depend on the images. There are none in the batch, the attention mask hides "
                 "their tokens, or all labels stand in front of them"
             )
-        else:
-            why = "what comes of it is multiplied by zero, masked or lost in a dead activation on its way to the loss"
         yield f"The gradient of {_groups(run)} is zero: {why}.{_underflow(run, parameters)}"
 
 
@@ -223,12 +218,8 @@ def _non_finite_problems(rows: list[GradientRow], parameters: Parameters) -> Ite
             f"behind it. In the order of the data the first is `{broken[0].name}`."
         )
     yield where + _half_precision_advice(names, parameters, fault="overflow to infinity")
-    if weights := [name for name in names if not _is_finite(parameters[name])]:
+    if weights := [name for name in names if not local_part(parameters[name].detach()).isfinite().all()]:
         yield f"{_names(weights)}: NaN or infinity is in the weights themselves; go back to an earlier checkpoint."
-
-
-def _is_finite(parameter: nn.Parameter) -> bool:
-    return bool(local_part(parameter.detach()).isfinite().all())
 
 
 # Earlier steps
@@ -287,15 +278,11 @@ def _runs(rows: list[GradientRow], key: Callable[[GradientRow], bool]) -> Iterat
 
 def _groups(rows: list[GradientRow]) -> str:
     """Rows next to one another, in words."""
-    if len(rows) == 1:
-        return f"`{rows[0].name}`"
-    if len(rows) == 2:
-        return f"`{rows[0].name}` and `{rows[1].name}`"
-    return f"`{rows[0].name}` to `{rows[-1].name}` ({len(rows)} groups)"
+    if len(rows) > 2:
+        return f"`{rows[0].name}` to `{rows[-1].name}` ({len(rows)} groups)"
+    return " and ".join(f"`{row.name}`" for row in rows)
 
 
 def _names(names: Iterable[str]) -> str:
     """Parameters in words: the first few by name."""
-    names = list(names)
-    shown = ", ".join(f"`{name}`" for name in names[:NUM_NAMES])
-    return shown if len(names) <= NUM_NAMES else f"{shown} and {len(names) - NUM_NAMES} more"
+    return list_some([f"`{name}`" for name in names], most=NUM_NAMES)

@@ -103,13 +103,13 @@ def gradient_report(
         RuntimeError: There are problems and `raise_on_problems` is true.
     """
     _check_arguments(model, loss)
-    backward = _backpropagate(model, loss)
+    stale, notes = _backpropagate(model, loss)
     # Only now: between forward and backward FSDP2 has other parameters in the place of those that get the gradients.
     groups = layer_groups(model)
     parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
-    rows = [gradient_row(group, backward.stale) for group in groups]
-    problems = problems_of(rows, parameters, loss=loss, stale=backward.stale)
-    report = GradientReport(rows, problems, [*notes_of(rows), *backward.notes])
+    rows = [gradient_row(group, stale) for group in groups]
+    problems = problems_of(rows, parameters, loss=loss, stale=stale)
+    report = GradientReport(rows, problems, [*notes_of(rows), *notes])
     if raise_on_problems:
         report.raise_for_problems()
     return report
@@ -130,24 +130,20 @@ def _check_arguments(model: Any, loss: Any) -> None:
 # The backward pass
 
 
-@dataclass(frozen=True)
-class _Backward:
-    """Which gradients, by their parameter's `id`, a backward pass did not add to, and what to say about it."""
+def _backpropagate(model: nn.Module, loss: torch.Tensor | None) -> tuple[frozenset[int], list[str]]:
+    """Run the backward pass of a loss that can have one and has had none.
 
-    stale: frozenset[int] = frozenset()
-    notes: tuple[str, ...] = ()
-
-
-def _backpropagate(model: nn.Module, loss: torch.Tensor | None) -> _Backward:
-    """Run the backward pass of a loss that can have one and has had none."""
+    Returns:
+        Which gradients, by their parameter's `id`, it did not add to, and notes about it.
+    """
     if loss is None or loss.grad_fn is None or _is_spent(loss):
-        return _Backward()
+        return frozenset(), []
     earlier = _versions(model)
     loss.backward()
     now = _versions(model)
     stale = frozenset(key for key, version in earlier.items() if now.get(key) == version)
     note = "There were gradients already, and this loss's were added to them, as in gradient accumulation."
-    return _Backward(stale, (note,) if earlier else ())
+    return stale, [note] if earlier else []
 
 
 def _versions(model: nn.Module) -> dict[int, tuple[int, int]]:
@@ -204,9 +200,8 @@ def _cells(row: GradientRow) -> tuple[str, ...]:
 
 
 def _bullet(sentence: str) -> str:
-    return textwrap.fill(
-        sentence, 100, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
+    lines = textwrap.wrap(sentence, 98, break_long_words=False, break_on_hyphens=False)
+    return "- " + "\n  ".join(lines)
 
 
 # Image

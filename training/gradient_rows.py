@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import nn
@@ -61,8 +61,7 @@ class GradientRow:
         return 0 < self.trainable == len(self.missing)
 
 
-@dataclass(frozen=True)
-class LayerGroup:
+class LayerGroup(NamedTuple):
     """Parameters that make one row, by name, and the place of the encoder that they belong to, if any."""
 
     name: str
@@ -87,7 +86,7 @@ def layer_groups(model: nn.Module) -> list[LayerGroup]:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The module within those that only wrap it."""
-    while not _is_encoder(model):
+    while not is_encoder(model):
         children = dict(model.named_children())
         if len(children) != 1 or not set(children) <= set(WRAPPERS) or dict(model.named_parameters(recurse=False)):
             break
@@ -95,7 +94,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_encoder(module: nn.Module) -> bool:
+def is_encoder(module: nn.Module) -> bool:
     """Whether a module is one of our encoders, by what it can do: code from a checkpoint has classes of its own.
 
     Its class is asked, since peft's wrappers answer for the module that they wrap.
@@ -107,7 +106,7 @@ def _divided(
     module: nn.Module, name: str = "", parent: nn.Module | None = None
 ) -> Iterator[tuple[str, str | None, Iterable[nn.Parameter]]]:
     """The parts of a module: name, place of the encoder if it is in one, parameters."""
-    if _is_encoder(module):
+    if is_encoder(module):
         groups: dict[str, Iterable[nn.Parameter]] = cast(Any, module).layer_groups()
         for group, parameters in (groups | {"other": module.parameters()}).items():
             yield _joined(name, group), name, parameters
@@ -126,7 +125,7 @@ def _has_parts(module: nn.Module, parent: nn.Module | None) -> bool:
     """
     is_layer = isinstance(parent, nn.ModuleList)
     return parent is None or any(
-        _is_encoder(part) or (isinstance(part, nn.ModuleList) and not is_layer) for part in module.modules()
+        is_encoder(part) or (isinstance(part, nn.ModuleList) and not is_layer) for part in module.modules()
     )
 
 
@@ -138,12 +137,7 @@ def _joined(*names: str) -> str:
 
 
 def gradient_row(group: LayerGroup, stale: frozenset[int]) -> GradientRow:
-    """Look at the gradients of a group, one at a time.
-
-    Args:
-        group: The group.
-        stale: Parameters, by `id`, whose gradient is of an earlier step.
-    """
+    """Look at the gradients of a group, one at a time; `stale` are parameters whose gradient is of an earlier step."""
     names: dict[State, list[str]] = {state: [] for state in get_args(State)}
     norms = []
     for name, parameter in group.parameters.items():
@@ -151,7 +145,8 @@ def gradient_row(group: LayerGroup, stale: frozenset[int]) -> GradientRow:
         names[state].append(name)
         norms.append(norm)
     lists = {state.replace(" ", "_").replace("-", "_"): tuple(found) for state, found in names.items()}
-    return GradientRow(group.name, group.encoder, **lists, norm=_together(norms))
+    together = math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)  # where infinity would win over NaN
+    return GradientRow(group.name, group.encoder, **lists, norm=together)
 
 
 def _state(parameter: nn.Parameter, *, is_stale: bool) -> tuple[State, float]:
@@ -207,8 +202,3 @@ def is_distributed(tensor: torch.Tensor) -> bool:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor; all of it where it is not distributed."""
     return cast(Any, tensor).to_local() if is_distributed(tensor) else tensor
-
-
-def _together(norms: list[float]) -> float:
-    """The norm of several gradients from the norms of each; NaN wins over infinity."""
-    return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)

@@ -4,12 +4,12 @@ As in fine-tuning BEiT (arXiv 2106.08254, section 3.2) and MAE (arXiv 2111.06377
 `param_groups_layer_decay`, here over the encoder's own `layer_groups`, the list that freezing uses.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_number
+from deepseek_ocr_vision.training.gradient_rows import is_encoder
 
 
 # As timm's and BEiT's `no_weight_decay`: weight decay would pull tables of positions to zero. BEiT counts those of
@@ -71,25 +71,13 @@ def _position_tables(model: nn.Module) -> set[int]:
 def _places(model: nn.Module, layer_decay: float) -> dict[int, tuple[str, float]]:
     """By a parameter's `id`, its layer group in the first encoder that has it, and the factor of its rate."""
     places: dict[int, tuple[str, float]] = {}
-    for place, encoder in _encoders(model):
+    encoders: list[tuple[str, Any]] = [(place, part) for place, part in model.named_modules() if is_encoder(part)]
+    if not encoders:
+        raise ValueError(f"`model`, a {type(model).__name__}, contains no DeepSeekOCRVisionModel, whose layers decay.")
+    for place, encoder in encoders:
         groups = encoder.layer_groups()
         for depth, (name, parameters) in enumerate(groups.items()):
             group = f"{place}.{name}" if place else name
             for parameter in parameters:
                 places.setdefault(id(parameter), (group, layer_decay ** (len(groups) - depth)))
     return places
-
-
-def _encoders(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The encoders in a model, by what they can do: code that came with a checkpoint has classes of its own."""
-    found = False
-    for place, module in model.named_modules():
-        # Of its class, since peft's wrappers answer for the module that they wrap.
-        if callable(getattr(type(module), "layer_groups", None)):
-            found = True
-            yield place, module
-    if not found:
-        raise ValueError(f"`model`, a {type(model).__name__}, contains no DeepSeekOCRVisionModel, whose layers decay.")
-
-
-__all__ = ["layer_decay_groups"]

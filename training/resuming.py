@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some
+
 
 if TYPE_CHECKING:
     # Whoever has a `Trainer` has imported it; others need not wait for it.
@@ -65,7 +67,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike, *, num_processes: in
     """
     num_processes = _processes_now() if num_processes is None else num_processes
     of_fewer_processes = []
-    for folder in reversed(_checkpoints(Path(output_dir))):
+    for folder in _checkpoints(Path(output_dir)):
         reason = why_incomplete(folder, num_processes=num_processes)
         if reason is None:
             return str(folder)
@@ -91,22 +93,28 @@ def why_incomplete(checkpoint: str | os.PathLike, *, num_processes: int = 1) -> 
     Returns:
         A reason that names the file, or `None` if everything is there.
     """
-    folder = Path(checkpoint)
-    reasons = (
-        _fault_of_state(folder),
-        *(_fault_of_file(file) for file in _files(folder)),
-        _fault_of_weights(folder),
-        _fault_of_optimizer(folder, num_processes),
-        _fault_of_random_states(folder, num_processes),
-    )
-    return next((reason for reason in reasons if reason is not None), None)
+    return next(_faults(Path(checkpoint), num_processes), None)
+
+
+def _faults(folder: Path, num_processes: int) -> Iterator[str]:
+    """All that is missing or cut off."""
+    yield from _faults_of_state(folder)
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        # Saves that were interrupted leave hidden folders.
+        if not any(part.startswith(".") for part in file.relative_to(folder).parent.parts):
+            yield from _faults_of_file(file)
+    yield from _faults_of_weights(folder)
+    yield from _faults_of_optimizer(folder, num_processes)
+    if not (folder / "rng_state.pth").is_file():
+        # Each process saves its own, the others after process 0 has written its files.
+        names = [f"rng_state_{index}.pth" for index in range(num_processes)]
+        yield from (f"{name} is missing" for name in names if not (folder / name).is_file())
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """The folders named after a step, by step."""
-    folders = [path for path in output_dir.glob(f"{_PREFIX}*") if path.is_dir()]
-    numbered = [path for path in folders if path.name.removeprefix(_PREFIX).isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    """The folders named after a step, the newest first."""
+    steps = {path.name.removeprefix(_PREFIX): path for path in output_dir.glob(f"{_PREFIX}*") if path.is_dir()}
+    return [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int, reverse=True)]
 
 
 def _processes_now() -> int:
@@ -116,52 +124,42 @@ def _processes_now() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _fault_of_state(folder: Path) -> str | None:
+def _faults_of_state(folder: Path) -> Iterator[str]:
     try:
-        state = json.loads((folder / STATE_FILE).read_text("utf-8"))
-        step = state["global_step"]
+        step = json.loads((folder / STATE_FILE).read_text("utf-8"))["global_step"]
     except (OSError, ValueError, TypeError, KeyError):
-        return f"{STATE_FILE}, which is written last, is not there or cut off"
-    if folder.name.startswith(_PREFIX) and folder.name != f"{_PREFIX}{step}":
-        return f"{STATE_FILE} is that of step {step}"
-    return None
+        yield f"{STATE_FILE}, which is written last, is not there or cut off"
+    else:
+        if folder.name.startswith(_PREFIX) and folder.name != f"{_PREFIX}{step}":
+            yield f"{STATE_FILE} is that of step {step}"
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files of a checkpoint, less what saves that were interrupted have left in hidden folders."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parent.parts)]
-
-
-def _fault_of_file(file: Path) -> str | None:
+def _faults_of_file(file: Path) -> Iterator[str]:
     """Whether a file that tells its own length ends there: safetensors, and the zip archives that PyTorch writes."""
-    is_archive = file.suffix in (".pt", ".pth") or any(file.match(name) for name in _ARCHIVES)
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt"):
-                return None
-        if is_archive:
+                return
+        if file.suffix in (".pt", ".pth") or any(file.match(name) for name in _ARCHIVES):
             with zipfile.ZipFile(file):
-                return None
+                return
     except (OSError, SafetensorError, zipfile.BadZipFile) as error:
-        return f"{file.name} is cut off ({error})"
-    return None
+        yield f"{file.name} is cut off ({error})"
 
 
-def _fault_of_weights(folder: Path) -> str | None:
+def _faults_of_weights(folder: Path) -> Iterator[str]:
     """Whether the weights are there, in one of the forms of `_weights_in`, with all their shards."""
     for index in folder.glob("*.safetensors.index.json"):
         try:
             named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return f"{index.name} is cut off"
-        missing = sorted(shard for shard in named if not (folder / shard).is_file())
-        if missing:
-            return f"{missing[0]} is missing"
-    shards = list(folder.glob("model-*-of-*.safetensors"))
-    if shards and not (folder / "model.safetensors.index.json").is_file():
-        return "model.safetensors.index.json is missing"
-    return None if _weights_in(folder) else "there are no weights"
+            yield f"{index.name} is cut off"
+        else:
+            yield from (f"{shard} is missing" for shard in sorted(named) if not (folder / shard).is_file())
+    if any(folder.glob("model-*-of-*.safetensors")) and not (folder / "model.safetensors.index.json").is_file():
+        yield "model.safetensors.index.json is missing"
+    if not _weights_in(folder):
+        yield "there are no weights"
 
 
 def _weights_in(folder: Path) -> str | None:
@@ -177,30 +175,19 @@ def _weights_in(folder: Path) -> str | None:
     return next((form for form, names in forms.items() if any(any(folder.glob(name)) for name in names)), None)
 
 
-def _fault_of_optimizer(folder: Path, num_processes: int) -> str | None:
+def _faults_of_optimizer(folder: Path, num_processes: int) -> Iterator[str]:
     """Whether the optimizer's state is there, and the schedule's, which DeepSpeed may keep with the optimizer's."""
     latest = folder / "latest"
     if latest.is_file():
         shards = folder / latest.read_text("utf-8").strip()
-        missing = [
-            index for index in range(num_processes) if not any(shards.glob(f"*zero_pp_rank_{index}_*optim_states.pt"))
-        ]
-        return (
-            f"DeepSpeed's optimizer state of process {missing[0]} is missing from {shards.name}" if missing else None
-        )
-    names = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")
-    if not any((folder / name).is_file() for name in names):
-        return "there is no optimizer state; with `save_only_model` none is written"
-    return None if (folder / "scheduler.pt").is_file() else "scheduler.pt is missing"
-
-
-def _fault_of_random_states(folder: Path, num_processes: int) -> str | None:
-    """Whether each process saved its random numbers' state; the others do so after process 0 has written its files."""
-    if (folder / "rng_state.pth").is_file():
-        return None
-    names = [f"rng_state_{index}.pth" for index in range(num_processes)]
-    missing = [name for name in names if not (folder / name).is_file()]
-    return f"{missing[0]} is missing" if missing else None
+        for index in range(num_processes):
+            if not any(shards.glob(f"*zero_pp_rank_{index}_*optim_states.pt")):
+                yield f"DeepSpeed's optimizer state of process {index} is missing from {shards.name}"
+        return
+    if not any((folder / name).is_file() for name in ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")):
+        yield "there is no optimizer state; with `save_only_model` none is written"
+    if not (folder / "scheduler.pt").is_file():
+        yield "scheduler.pt is missing"
 
 
 # Weights
@@ -261,11 +248,7 @@ def _translated(
     foreign += sorted(f"{entry[0]} of shape {tuple(entry[1])}" for entry in info["mismatched_keys"])
     missing = set(info["missing_keys"])
     tensors = {name: tensor for name, tensor in loaded.state_dict().items() if name not in missing}
-    return tensors, f"no place for {_listed(foreign)}" if foreign else None
-
-
-def _listed(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return tensors, f"no place for {list_some(foreign)}" if foreign else None
 
 
 def load_weights(model: nn.Module, checkpoint: str | os.PathLike) -> None:
@@ -294,13 +277,11 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike) -> None:
         weights, fault = _translated(model, weights)
         if fault is not None:
             raise ValueError(f"`checkpoint` {folder} is not of this {type(model).__name__}: {fault}.")
-    missing = sorted(model.state_dict().keys() - weights.keys())
-    unknown = sorted(weights.keys() - model.state_dict().keys())
-    for names, fault in ((missing, "lacks"), (unknown, "holds besides")):
+    own = model.state_dict().keys()
+    for names, fault in ((own - weights.keys(), "lacks"), (weights.keys() - own, "holds besides")):
         if names:
-            raise ValueError(
-                f"`checkpoint` {folder} is not of this {type(model).__name__}: it {fault} {_listed(names)}."
-            )
+            listed = list_some(sorted(names))
+            raise ValueError(f"`checkpoint` {folder} is not of this {type(model).__name__}: it {fault} {listed}.")
     model.load_state_dict(weights)
     return None
 
