@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_integer, require_number
+
 
 TokenPlace = tuple[int, int]
 """Row and column of a token, counted from 0 at the top left."""
@@ -27,12 +29,7 @@ LEAST_RANGE = 0.1
 
 
 def require_token(token: Any, grid: Sequence[int]) -> TokenPlace:
-    """The place of a token, as two integers within the grid.
-
-    Raises:
-        TypeError: `token` is no pair of integers.
-        ValueError: It lies outside the grid.
-    """
+    """The place of a token, as two integers within the grid."""
     is_pair = isinstance(token, tuple | list) and len(token) == 2
     if not is_pair or not all(isinstance(part, Integral) and not isinstance(part, bool) for part in token):
         raise TypeError(f"`token` is {token!r}; it has to be (row, column), two integers.")
@@ -121,13 +118,7 @@ def attention_from(
 
 
 def pixel_gradient(
-    model: Any,
-    pixel_values: torch.Tensor,
-    target: Target,
-    *,
-    num_samples: int = 0,
-    noise: float = 0.15,
-    seed: int = 0,
+    model: Any, pixel_values: torch.Tensor, target: Target, *, num_samples: int = 0, noise: float = 0.15, seed: int = 0
 ) -> torch.Tensor:
     """The gradient of a number made of the tokens, with respect to the pixels of a page.
 
@@ -151,9 +142,8 @@ def pixel_gradient(
         ValueError: The token lies outside the grid, `num_samples` or `noise` is negative, the function returns more
             than one number or one that does not depend on the tokens, or the gradient is not finite.
     """
-    for name, value in (("num_samples", num_samples), ("noise", noise)):
-        if value < 0:
-            raise ValueError(f"`{name}` is {value!r}; it cannot be negative.")
+    require_integer("num_samples", num_samples, at_least=0)
+    require_number("noise", noise, at_least=0)
     pages = _noisy_copies(pixel_values, num_samples, noise, seed) if num_samples else [pixel_values]
     with evaluating(model):
         gradients = (_gradient(model, page, target) for page in pages)
@@ -194,11 +184,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def on_grid(tokens: torch.Tensor, pixel_values: torch.Tensor, token_size: int) -> torch.Tensor:
-    """The tokens of one page, [N, C], in rows and columns, [H, W, C], without what ends rows and page in a sequence.
-
-    Raises:
-        ValueError: There is not one token for each square of `token_size` x `token_size` pixels.
-    """
+    """The tokens of one page, [N, C], in rows and columns, [H, W, C], without the special tokens of a sequence."""
     rows, columns = (side // token_size for side in pixel_values.shape[-2:])
     if len(tokens) == rows * (columns + 1) + 1:
         # The released sequence: a newline ends each row, a separator the page.

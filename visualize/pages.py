@@ -224,15 +224,7 @@ class PageView:
         title = f"attention of {source}: CLIP layer {layer % number}, {heads}"
         return PageMap(values.numpy(), self, title, limits=(0.0, values.max().item()), token=token)
 
-    def pixel_gradient(
-        self,
-        target: Target,
-        *,
-        times_input: bool = False,
-        num_samples: int = 0,
-        noise: float = 0.15,
-        seed: int = 0,
-    ) -> PageMap:
+    def pixel_gradient(self, target: Target, *, times_input: bool = False, **options: Any) -> PageMap:
         """What a token or a loss depends on: the magnitude of its gradient with respect to each pixel.
 
         `pixel_gradient`, the function, gives the gradient itself, with its sign and for each channel.
@@ -241,17 +233,13 @@ class PageView:
             target: (row, column) for the norm of that token, or a function that is given the tokens [H, W, C] and
                 returns one number, such as the product with a direction, or a loss.
             times_input: Whether to take gradient times input: by how much a pixel counts, not how sensitive it is.
-            num_samples: How many noisy copies to take the mean over (SmoothGrad); with 0 the page itself.
-            noise: Standard deviation of that noise, as a part of the range of the pixels.
-            seed: What the noise is drawn from.
+            options: `num_samples`, `noise` and `seed`, as that function takes them, for the mean over noisy copies.
 
         Raises:
             TypeError: `target` is neither, or the function returns no tensor.
             ValueError: There is no such token, or the function returns what has no gradient; see `pixel_gradient`.
         """
-        gradient = pixel_gradient(
-            self.model, self.pixel_values, target, num_samples=num_samples, noise=noise, seed=seed
-        )
+        gradient = pixel_gradient(self.model, self.pixel_values, target, **options)
         values = strength(gradient, self.pixel_values if times_input else None).float().cpu()
         token = None if callable(target) else target
         what = "the number" if token is None else "the token's norm"
@@ -274,7 +262,7 @@ def view_page(model: Any, image: Any, *, image_processor: Any = None) -> PageVie
     """Show an encoder a page, once, and keep what its images are made of.
 
     Args:
-        model: A `DeepSeekOCRVisionModel`, in any mode, dtype and on any device. It stays as it is.
+        model: A `DeepSeekOCRVisionModel`, in any feature mode and dtype, on any device. It stays as it is.
         image: One image: a path, a PIL image, an array or a tensor.
         image_processor: What prepares it, as for `model.encode`: by default the one saved with the checkpoint or, for
             a model that has none, the preset that belongs to its feature mode at `config.image_size`. Where it cuts
@@ -298,16 +286,16 @@ def view_page(model: Any, image: Any, *, image_processor: Any = None) -> PageVie
     if not tokens.isfinite().all():
         raise ValueError(f"The tokens hold NaN or infinity; the model computes in {model.dtype}.")
     attentions = tuple(weights[0].cpu() for weights in outputs.attentions)
-    place = _place(image_processor, page, pixel_values)
+    top, left = 0, 0
+    height, width = pixel_values.shape[-2:]
+    if image_processor.do_resize:
+        top, left, height, width = image_processor.placement(page.height, page.width)
+    place = (left, top, left + width, top + height)
     return PageView(model, page, pixel_values[0], place, tokens, attentions)
 
 
 def colormap(name: Colormap) -> Any:
-    """matplotlib's colours of a name.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """matplotlib's colours of a name."""
     try:
         from matplotlib import colormaps
     except ImportError as error:
@@ -328,23 +316,14 @@ def draw_frame(image: Image.Image, box: Box) -> None:
 
 
 def require_image_suffix(path: str | os.PathLike) -> None:
-    """Make sure that a file's name says which format an image is written in.
-
-    Raises:
-        ValueError: It does not.
-    """
+    """Make sure that a file's name says which format an image is written in."""
     suffix = Path(path).suffix.lower()
     if suffix not in Image.registered_extensions():
         raise ValueError(f"{os.fspath(path)} ends in {suffix!r}, which is no image format; take '.png'.")
 
 
 def save_image(image: Image.Image, path: str | os.PathLike) -> None:
-    """Write an image in one step: what was at `path` stays until the new one is whole.
-
-    Raises:
-        ValueError: The path's suffix is of no image format.
-        OSError: It cannot be written.
-    """
+    """Write an image atomically: what was at `path` stays until the new one is complete."""
     require_image_suffix(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -362,11 +341,3 @@ def _highest(values: torch.Tensor) -> float:
     descending = values.double().flatten().sort(descending=True).values
     sums = descending.cumsum(0)
     return descending[(sums < CUT_OFF * sums[-1]).sum()].item()
-
-
-def _place(image_processor: Any, page: Image.Image, pixel_values: torch.Tensor) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the page on what was made of it."""
-    if not image_processor.do_resize:
-        return 0, 0, pixel_values.shape[-1], pixel_values.shape[-2]
-    top, left, height, width = image_processor.placement(page.height, page.width)
-    return left, top, left + width, top + height

@@ -51,7 +51,9 @@ def draw_sheet(
     panels: list[Panel] = [(page, f"the page, and the token in row {row}, column {column}", None)]
     panels += [(image, one.title, one) for image, one in zip(images, maps, strict=True)]
     panels.append((images[-1].crop(_close_up(scaled, token)), "the same from near by", maps[-1]))
-    return _drawn(panels, title or _default_title(view), height_to_width=page.height / page.width)
+    (width, height), (rows, columns) = view.page.size, view.grid
+    title = title or f"{width} x {height} pixels, {rows} x {columns} tokens"
+    return _drawn(panels, title, height_to_width=page.height / page.width)
 
 
 def _scaled(view: PageView) -> PageView:
@@ -69,12 +71,6 @@ def _close_up(view: PageView, token: TokenPlace) -> tuple[int, int, int, int]:
     last = view.box((min(rows - 1, row + CLOSE_UP), min(columns - 1, column + CLOSE_UP)))
     left, top, right, bottom = round(first[0]), round(first[1]), round(last[2]), round(last[3])
     return left, top, max(right, left + 1), max(bottom, top + 1)
-
-
-def _default_title(view: PageView) -> str:
-    rows, columns = view.grid
-    width, height = view.page.size
-    return f"{width} x {height} pixels, {rows} x {columns} tokens"
 
 
 def _drawn(panels: list[Panel], title: str, *, height_to_width: float) -> Image.Image:
