@@ -42,15 +42,10 @@ _PIECE = re.compile(rf" +|[{_OPENING}]*[{_CJK}][{_CLOSING}]*|[^ {_CJK}]+")
 
 
 class TextPage(NamedTuple):
-    """One page.
+    """One page."""
 
-    Attributes:
-        image: The image, mode L, black on white.
-        text: What is drawn on it: its lines as they were wrapped, separated by newlines.
-    """
-
-    image: Image.Image
-    text: str
+    image: Image.Image  # of mode L, black on white
+    text: str  # what is drawn on it: its lines as they were wrapped, separated by newlines
 
 
 class TextRenderer:
@@ -90,9 +85,13 @@ class TextRenderer:
         self._ascent, descent = (max(heights) for heights in zip(*(f.getmetrics() for f in self.fonts), strict=True))
         self._font_height = self._ascent + descent
         self._line_pitch = require_number("line_spacing", line_spacing, at_least=0.5) * self._font_height
-        self._glyphs: dict[str, _Glyph] = {}
+        self._glyphs = {" ": _Glyph(0, self.fonts[0].getlength(" "))}
         self._missing: set[str] = set()
-        self._require_room()
+        if self.line_width < 1 or self.lines_per_page < 1:
+            raise ValueError(
+                f"`size` {self.height} x {self.width} (height x width) with `margin` {self.margin} has no room for a "
+                f"line, which is {self._font_height} pixels high."
+            )
         self._replacement = self._checked_replacement(replacement)
 
     # From text to pages
@@ -215,14 +214,11 @@ class TextRenderer:
         page = Image.new("L", (self.width, self.height), color=PAPER)
         canvas = ImageDraw.Draw(page)
         for index, line in enumerate(lines):
-            if line:
-                self._draw_line(canvas, line, baseline=self.margin + self._ascent + int(index * self._line_pitch))
+            baseline = self.margin + self._ascent + int(index * self._line_pitch)
+            origin = self.margin - self._extent(line)[0]
+            for font, run, position in self._runs(line) if line else ():
+                canvas.text((origin + position, baseline), run, fill=INK, font=font, anchor="ls")
         return page
-
-    def _draw_line(self, canvas: ImageDraw.ImageDraw, line: str, *, baseline: int) -> None:
-        origin = self.margin - self._extent(line)[0]
-        for font, run, position in self._runs(line):
-            canvas.text((origin + position, baseline), run, fill=INK, font=font, anchor="ls")
 
     # Characters
 
@@ -244,27 +240,14 @@ class TextRenderer:
     def _can_draw(self, character: str) -> bool:
         """Whether some font has a character, and the basic layout gets it right."""
         if character not in self._glyphs and character not in self._missing:
-            glyph = None if _needs_shaping(character) else self._find_glyph(character)
+            fonts = () if _needs_shaping(character) else enumerate(self.fonts)
+            found = (_Glyph(index, font.getlength(character)) for index, font in fonts if _has_glyph(font, character))
+            glyph = next(found, None)
             if glyph is None:
                 self._missing.add(character)
             else:
                 self._glyphs[character] = glyph
         return character in self._glyphs
-
-    def _find_glyph(self, character: str) -> "_Glyph | None":
-        """The first font that has a character."""
-        for index, font in enumerate(self.fonts):
-            if _has_glyph(font, character):
-                return _Glyph(index, font.getlength(character))
-        return None
-
-    def _require_room(self) -> None:
-        self._glyphs[" "] = _Glyph(0, self.fonts[0].getlength(" "))
-        if self.line_width < 1 or self.lines_per_page < 1:
-            raise ValueError(
-                f"`size` {self.height} x {self.width} (height x width) with `margin` {self.margin} has no room for a "
-                f"line, which is {self._font_height} pixels high."
-            )
 
     def _checked_replacement(self, replacement: str | None) -> str | None:
         if replacement is None:
@@ -350,19 +333,16 @@ class _Glyph(NamedTuple):
     advance: float
 
 
-class _Ink(NamedTuple):
-    """What a font draws for a character."""
-
-    pixels: bytes
-    size: tuple[int, int]
-    advance: float
-
-
 def _open_fonts(font: FontFile | Iterable[FontFile] | None, size: float) -> list[ImageFont.FreeTypeFont]:
     if not features.check("freetype2"):
         raise ImportError("Drawing text needs Pillow with FreeType, and this one was built without it.")
     if font is None:
-        return [_default_font(size)]
+        try:
+            return [cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))]
+        except TypeError as error:
+            raise ImportError(
+                "The font that comes with Pillow needs Pillow 10.1 or newer; or name a `font`."
+            ) from error
     files = [font] if isinstance(font, FontFile) else font
     if not isinstance(files, Iterable):
         raise TypeError(f"`font` is of type {type(font).__name__}; it has to be a path, several paths, or None.")
@@ -370,13 +350,6 @@ def _open_fonts(font: FontFile | Iterable[FontFile] | None, size: float) -> list
     if not fonts:
         raise ValueError("`font` is empty; it has to name at least one file, or be None.")
     return fonts
-
-
-def _default_font(size: float) -> ImageFont.FreeTypeFont:
-    try:
-        return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
-    except TypeError as error:
-        raise ImportError("The font that comes with Pillow needs Pillow 10.1 or newer; or name a `font`.") from error
 
 
 def _open_font(file: FontFile, size: float) -> ImageFont.FreeTypeFont:
@@ -396,14 +369,15 @@ def _has_glyph(font: ImageFont.FreeTypeFont, character: str) -> bool:
     category = unicodedata.category(character)
     if category in ("Cc", "Cs"):
         return False
-    ink = _ink(font, character)
-    is_blank = not any(ink.pixels)
-    return is_blank if category == "Zs" else not is_blank and ink != _ink(font, NO_CHARACTER)
+    pixels, *measures = _ink(font, character)
+    is_blank = not any(pixels)
+    return is_blank if category == "Zs" else not is_blank and (pixels, *measures) != _ink(font, NO_CHARACTER)
 
 
-def _ink(font: ImageFont.FreeTypeFont, character: str) -> "_Ink":
+def _ink(font: ImageFont.FreeTypeFont, character: str) -> tuple[bytes, tuple[int, int], float]:
+    """The pixels that a font draws for a character, their width and height, and what it takes on a line."""
     mask = font.getmask(character, mode="L")
-    return _Ink(bytes(mask), mask.size, font.getlength(character))
+    return bytes(mask), mask.size, font.getlength(character)
 
 
 # Arguments
