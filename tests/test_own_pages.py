@@ -305,6 +305,15 @@ def test_a_crowded_page_is_warned_of(tmp_path):
     assert any("more than 10 tokens of text" in line for line in plan.warnings)
 
 
+def test_pages_of_two_kinds_that_take_turns_are_both_measured():
+    """Pins every 78th of 5,000 pages: of receipts between other pages, none was looked at."""
+    rows = inspection.measured_rows(5_000)
+    assert len(rows) == inspection.NUM_MEASURED_PAGES
+    for period in (2, 3, 6):
+        assert {row % period for row in rows} == set(range(period))
+    assert inspection.measured_rows(5) == set(range(5))
+
+
 # Content
 
 

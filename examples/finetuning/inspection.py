@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,7 +54,7 @@ def inspect(table: Table, *, name: str, processor: LlavaProcessor, show_progress
         show_progress: Whether to show a bar.
     """
     found = Inspection()
-    measured = set(range(0, len(table), max(1, len(table) // NUM_MEASURED_PAGES)))
+    measured = measured_rows(len(table))
     with ThreadPoolExecutor() as threads:  # reading and decoding leave Python free
         looks = bounded_map(threads, lambda row: look(table, row, measure=row in measured), range(len(table)))
         for row, seen in enumerate(tqdm(looks, f"Checking {name} pages", len(table), disable=not show_progress)):
@@ -66,6 +67,11 @@ def inspect(table: Table, *, name: str, processor: LlavaProcessor, show_progress
                 found.findings.append(Finding("images that cannot be read", table.places[row], error))
     inspect_texts(table, processor, found)
     return found
+
+
+def measured_rows(num_rows: int) -> set[int]:
+    """The rows whose lines are measured: at random, as pages of two kinds may take turns; the same in every run."""
+    return set(random.Random(0).sample(range(num_rows), min(num_rows, NUM_MEASURED_PAGES)))
 
 
 def bounded_map(threads: ThreadPoolExecutor, function: Any, items: Sequence[int]) -> Iterator[Any]:
