@@ -1,8 +1,8 @@
 """The command line: `deepseek-ocr-vision COMMAND`, or `python -m deepseek_ocr_vision COMMAND`.
 
 Thin over the package: `extract` is `from_deepseek_ocr`, `write-back` is `write_deepseek_ocr`, `show` is
-`visualize.draw_sheet`, `encode` is `encoding.encode_pages`, `read` is `composites.read_pages`, `upload` is
-`hub_upload`.
+`visualize.draw_sheet`, `encode` is `encoding.encode_pages`, `read` is `composites.read_pages`, `export` is
+`export.export_encoder`, `upload` is `hub_upload`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
 from deepseek_ocr_vision.encoding import encode_pages
 from deepseek_ocr_vision.encoding.encoder import printable
 from deepseek_ocr_vision.encoding.sources import close_documents, find_pages, open_page, page_of
+from deepseek_ocr_vision.export import FORMATS, export_encoder
 from deepseek_ocr_vision.modeling.threads import fit_threads
 from deepseek_ocr_vision.saving.checksums import write_checksums
 from deepseek_ocr_vision.visualize import draw_sheet, view_page
@@ -157,6 +158,26 @@ def read(options: argparse.Namespace) -> int:
     return SOME_FAILED if num_read else FAILED
 
 
+def export(options: argparse.Namespace) -> int:
+    """Write an encoder as a file for another runtime."""
+    model, image_processor = load_encoder(options.model, feature_mode=options.feature_mode, dtype=options.dtype)
+    size = None if options.size is None else tuple(options.size) if len(options.size) == 2 else options.size[0]
+    result = export_encoder(
+        model,
+        options.out,
+        format=options.format,
+        size=size,
+        raw_images=options.raw_images,
+        image_processor=image_processor,
+    )
+    sys.stdout.write(
+        f"{result.file}: in its own runtime the tokens differ from the model's by {result.difference:.1e} of their "
+        f"standard deviation ({result.tolerance:.0e} is allowed), with {result.peak_bytes / 1e9:.1f} GB of memory. "
+        f"{result.description} says what goes in and comes out.\n"
+    )
+    return 0
+
+
 def _write_progress(progress: dict[str, Any]) -> None:
     sys.stdout.write(f"{json.dumps(progress)}\n")
     sys.stdout.flush()
@@ -225,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_show(commands)
     _add_encode(commands)
     _add_read(commands)
+    _add_export(commands)
     upload = commands.add_parser("upload", help="publish an encoder on the Hub", **hub_upload.HELP)
     hub_upload.add_arguments(upload)
     upload.set_defaults(run=hub_upload.run)
@@ -407,6 +429,35 @@ def _add_read(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dpi", type=float, default=DPI, help="that PDFs are rendered with (default: %(default)s)")
     _add_hub_options(parser)
     parser.set_defaults(run=read)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write an encoder as a file for another runtime",
+        description="Write an encoder as ONNX, pt2 (torch.export) or OpenVINO, for pages of one size, in batches of "
+        "any. The file is run in its own runtime, and kept only if it gives the model's tokens. Needs the extra "
+        "`export`, but for pt2.",
+        epilog="deepseek-ocr-vision export encoder --format onnx --out encoder.onnx",
+    )
+    parser.add_argument("model", help="the encoder, or a released checkpoint: folder or Hub id")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="of the file")
+    parser.add_argument("--out", required=True, help="file to write, ending in .onnx, .pt2 or, for OpenVINO, .xml")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="side of a page, or height and width (default: the encoder's own)",
+    )
+    parser.add_argument("--feature-mode", choices=FEATURE_MODES, help="other features than the checkpoint's")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="to compute in (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--raw-images", action="store_true", help="take images of uint8, which the file normalises, not pixels"
+    )
+    parser.set_defaults(run=export)
 
 
 def _add_encoder_options(parser: argparse.ArgumentParser) -> None:

@@ -21,13 +21,15 @@ by rounding only:
 - `"sdpa_masked"`: the bias as a tensor, handed to SDPA as its mask.
 
 `"sdpa"` is the first of them on a CPU, the second on a GPU, and the third where a graph is compiled, exported or
-traced, in which loops over blocks would be unrolled. `"eager"` and functions registered with transformers'
-`AttentionInterface` get the bias as a tensor too. The CLIP stage has no bias; there all three names mean SDPA.
+traced. Named there, the first is one operator in a compiled or exported graph. `"eager"` and functions registered with
+transformers' `AttentionInterface` get the bias as a tensor too. The CLIP stage has no bias; there all three names mean
+SDPA.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -68,6 +70,11 @@ def is_recording() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_open(size: int | torch.SymInt) -> bool:
+    """Whether a graph may leave a size open. A comparison would fix it, or make one more graph."""
+    return isinstance(size, torch.SymInt) or torch.compiler.is_dynamo_compiling()
+
+
 def block_dtype(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> torch.dtype:
     """The dtype in which a CPU computes blocks of attention fastest: float32 in place of a half precision that it
     would have to emulate, which takes four times as long.
@@ -82,9 +89,15 @@ def block_dtype(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> torch.dt
     return at_least_float32(dtype) if is_emulated else dtype
 
 
+@cache
 def _cpu_capabilities() -> Mapping[str, Any]:
     """What the processor can do; nothing in versions of PyTorch that do not tell."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has no products in a dtype, so that PyTorch computes them by others and float32 is faster."""
+    return device.type == "cpu" and block_dtype(dtype, _cpu_capabilities()) != dtype
 
 
 def eager_attention(
@@ -184,9 +197,7 @@ def attention_function(attn_implementation: str) -> Callable:
 
 def split_heads(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value, each [B, A, N, D], as views of a fused projection [B, ..., 3C] (rows ordered q, k, v)."""
-    batch_size, width = qkv.shape[0], qkv.shape[-1]
-    num_tokens = qkv.shape[1:-1].numel()
-    qkv = qkv.view(batch_size, num_tokens, 3, num_heads, width // (3 * num_heads))  # [B, N, 3, A, D]
+    qkv = qkv.flatten(1, -2).unflatten(-1, (3, num_heads, -1))  # [B, N, 3, A, D]
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
 
@@ -201,7 +212,7 @@ def relative_positions(table: torch.Tensor, size: int) -> torch.Tensor:
     Returns:
         [size, size, D], entry (query, key) for the offset query - key.
     """
-    if table.shape[0] != 2 * size - 1:
+    if is_open(size) or table.shape[0] != 2 * size - 1:
         resized = table.t()[None].to(at_least_float32(table.dtype))  # [1, D, 2n - 1]
         table = F.interpolate(resized, size=2 * size - 1, mode="linear")[0].t().to(table.dtype)
     positions = torch.arange(size, device=table.device)
@@ -228,9 +239,9 @@ def fold_bias(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [..., s, t, D + S + T], [..., N, D + S + T]
     """Fold relative positions into the width of a head, so that a logit is a plain dot product."""
     height, width = rel_h.shape[-1], rel_w.shape[-1]
-    rows = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, dim=0)  # [N, S]
-    columns = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)  # [N, T]
-    place = torch.cat([rows, columns], dim=-1).expand(*key.shape[:-1], -1)  # [..., N, S + T]
+    rows = torch.eye(height, dtype=key.dtype, device=key.device)[:, None].expand(height, width, height)
+    columns = torch.eye(width, dtype=key.dtype, device=key.device).expand(height, width, width)
+    place = torch.cat([rows, columns], dim=-1).flatten(0, 1).expand(*key.shape[:-1], height + width)  # [..., N, S + T]
     return torch.cat([query, rel_h, rel_w], dim=-1), torch.cat([key, place], dim=-1)
 
 
@@ -272,13 +283,13 @@ def _num_windows(length: int, side: int) -> int:
     return (length + side - 1) // side
 
 
-def _split_padding(qkv: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _split_padding(qkv: torch.Tensor, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A projection [B x H x W (+ 1), ...] as the grid's, [B, H, W, ...], and that of padding, [...], if any."""
     num_tokens = shape[0] * shape[1] * shape[2]
-    if len(qkv) == num_tokens:
-        return qkv.unflatten(0, shape), None
+    if qkv.shape[0] == num_tokens:
+        return qkv.unflatten(0, list(shape)), None
     tokens, padding = qkv.split([num_tokens, 1])
-    return tokens.unflatten(0, shape), padding[0]
+    return tokens.unflatten(0, list(shape)), padding[0]
 
 
 def _windowed_attention(
@@ -420,6 +431,27 @@ def _windows(
         yield _Windows((rows, columns, heads), tuple(shape), query, key, value, rel_h, rel_w, folded)
 
 
+def _blockwise(
+    qkv: torch.Tensor,  # [B x H x W (+ 1), 3C]
+    table_h: torch.Tensor,  # [S, S, D]
+    table_w: torch.Tensor,  # [T, T, D]
+    num_heads: int,
+    shape: Sequence[int],  # (B, H, W)
+) -> torch.Tensor:  # [B, H, W, C]
+    """Attention within windows of a grid, with relative positions."""
+    grid, padding, tables = _prepare(qkv, table_h, table_w, num_heads, shape)
+    output = qkv.new_empty(*shape, qkv.shape[-1] // 3)  # [B, H, W, C]
+    scratch = tables[0].new_empty(0)
+    for image, image_output in zip(grid, output.unflatten(-1, grid.shape[-2:]), strict=True):
+        for windows in _windows(image, padding, *tables, copy_bytes=float("inf")):
+            attended = torch.empty_like(windows.query)
+            for heads, rows in windows.blocks():
+                block = windows.weights(heads, rows, scratch) @ windows.value[heads]
+                attended[heads, rows] = block.view(attended[heads, rows].shape)
+            windows.scatter(attended, image_output)
+    return output
+
+
 class _BlockwiseAttention(torch.autograd.Function):
     """Attention within windows of a grid, with relative positions, block by block; see the top of this file.
 
@@ -435,17 +467,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         module: "SamAttention",
         shape: tuple[int, int, int],
     ) -> torch.Tensor:
-        grid, padding, tables = _prepare(qkv, table_h, table_w, module, shape)
-        output = qkv.new_empty(*shape, qkv.shape[-1] // 3)  # [B, H, W, C]
-        scratch = tables[0].new_empty(0)
-        for image, image_output in zip(grid, output.unflatten(-1, grid.shape[-2:]), strict=True):
-            for windows in _windows(image, padding, *tables, copy_bytes=float("inf")):
-                attended = torch.empty_like(windows.query)
-                for heads, rows in windows.blocks():
-                    block = windows.weights(heads, rows, scratch) @ windows.value[heads]
-                    attended[heads, rows] = block.view(attended[heads, rows].shape)
-                windows.scatter(attended, image_output)
-        return output
+        return _blockwise(qkv, table_h, table_w, module.num_heads, shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -461,7 +483,9 @@ class _BlockwiseAttention(torch.autograd.Function):
             plain = partial(_windowed_attention, "eager", ctx.module, ctx.shape)
             gradients = torch.func.vjp(plain, qkv, table_h, table_w)[1](grad_output)
         else:
-            gradients = _blockwise_gradients(qkv, table_h, table_w, ctx.module, ctx.shape, output, grad_output)
+            gradients = _blockwise_gradients(
+                qkv, table_h, table_w, output, grad_output, ctx.module.num_heads, ctx.shape
+            )
         return *gradients, None, None
 
     @staticmethod
@@ -486,12 +510,12 @@ def _prepare(
     qkv: torch.Tensor,
     table_h: torch.Tensor,
     table_w: torch.Tensor,
-    module: "SamAttention",
-    shape: tuple[int, int, int],
+    num_heads: int,
+    shape: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
     """Grid [B, H, W, 3, A, D], padding [3, A, D], and the tables in the dtype to compute in."""
-    grid, padding = _split_padding(qkv.unflatten(-1, (3, module.num_heads, -1)), shape)
-    dtype = block_dtype(qkv.dtype, _cpu_capabilities()) if qkv.device.type == "cpu" else qkv.dtype
+    grid, padding = _split_padding(qkv.unflatten(-1, (3, num_heads, -1)), shape)
+    dtype = at_least_float32(qkv.dtype) if is_emulated(qkv.dtype, qkv.device) else qkv.dtype
     return grid, padding, (table_h.to(dtype), table_w.to(dtype))
 
 
@@ -499,15 +523,15 @@ def _blockwise_gradients(
     qkv: torch.Tensor,
     table_h: torch.Tensor,
     table_w: torch.Tensor,
-    module: "SamAttention",
-    shape: tuple[int, int, int],
     output: torch.Tensor,  # [B, H, W, C]
     grad_output: torch.Tensor,  # [B, H, W, C]
+    num_heads: int,
+    shape: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the projection and of both tables."""
-    grid, padding, tables = _prepare(qkv, table_h, table_w, module, shape)
+    grid, padding, tables = _prepare(qkv, table_h, table_w, num_heads, shape)
     grad_qkv = torch.empty_like(qkv)
-    grad_grid, grad_padding = _prepare(grad_qkv, table_h, table_w, module, shape)[:2]
+    grad_grid, grad_padding = _prepare(grad_qkv, table_h, table_w, num_heads, shape)[:2]
     # These are sums over many windows and blocks.
     dtype = at_least_float32(qkv.dtype)
     grad_h, grad_w = (torch.zeros_like(table, dtype=dtype) for table in tables)
@@ -576,6 +600,47 @@ def _without_padding(
     return real
 
 
+# The same for compilers: two operators, so that a graph has one node each way in place of the loops.
+
+_OPERATOR = re.sub(r"\W", "_", __name__) + "::blockwise_attention"  # a checkpoint's copy of this file has its own
+_blockwise_operator = torch.library.custom_op(
+    _OPERATOR,
+    _blockwise,
+    mutates_args=(),
+    schema="(Tensor qkv, Tensor table_h, Tensor table_w, int num_heads, SymInt[] shape) -> Tensor",
+)
+_gradients_operator = torch.library.custom_op(
+    f"{_OPERATOR}_gradients",
+    _blockwise_gradients,
+    mutates_args=(),
+    schema="(Tensor qkv, Tensor table_h, Tensor table_w, Tensor output, Tensor grad_output, int num_heads, "
+    "SymInt[] shape) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_blockwise_operator.register_fake
+def _(qkv: torch.Tensor, table_h: Any, table_w: Any, num_heads: int, shape: Sequence[int]) -> torch.Tensor:
+    return qkv.new_empty(*shape, qkv.shape[-1] // 3)
+
+
+@_gradients_operator.register_fake
+def _(qkv: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return torch.empty_like(qkv), torch.empty_like(table_h), torch.empty_like(table_w)
+
+
+def _save_for_gradients(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    *tensors, ctx.num_heads, ctx.shape = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _operator_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    gradients = _gradients_operator(*ctx.saved_tensors, grad_output.contiguous(), ctx.num_heads, ctx.shape)
+    return *gradients, None, None
+
+
+_blockwise_operator.register_autograd(_operator_backward, setup_context=_save_for_gradients)
+
+
 def _formulation(name: str, device: torch.device) -> str:
     """What `"sdpa"` means for attention with relative positions."""
     if name != "sdpa":
@@ -611,7 +676,7 @@ class SamAttention(nn.Module):
         batch_size, height, width, channels = hidden_states.shape
         window = (self.window_size or height, self.window_size or width)
         tokens = hidden_states.flatten(0, 2)  # [B x H x W, C]
-        if height % window[0] or width % window[1]:
+        if self.window_size and (is_open(height) or is_open(width) or height % window[0] or width % window[1]):
             # Windows at the edge are filled up with zeros, and no mask hides them: they take part as keys and values.
             # The released weights were trained so. One row of zeros at the end stands for all of them.
             tokens = torch.cat([tokens, tokens.new_zeros(1, channels)])
@@ -623,7 +688,10 @@ class SamAttention(nn.Module):
         if name == "blockwise":
             # Everything has one dtype by now, which autocast would change for some steps and not for others.
             with torch.autocast(qkv.device.type, enabled=False):
-                output = _BlockwiseAttention.apply(qkv, table_h, table_w, self, shape)
+                if torch.compiler.is_compiling():
+                    output = _blockwise_operator(qkv, table_h, table_w, self.num_heads, shape)
+                else:
+                    output = _BlockwiseAttention.apply(qkv, table_h, table_w, self, shape)
         else:
             output = _windowed_attention(name, self, shape, qkv, table_h, table_w)
         return self.proj(output)  # [B, H, W, C]

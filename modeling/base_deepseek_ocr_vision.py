@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .attention_deepseek_ocr_vision import at_least_float32, is_recording
+from .attention_deepseek_ocr_vision import at_least_float32, is_open, is_recording
 
 
 PIECE_TOKENS = 2048
@@ -116,7 +116,7 @@ def keep_rng_state() -> AbstractContextManager:
 
 def resize_positions(positions: torch.Tensor, grid: tuple[int, int], *, antialias: bool) -> torch.Tensor:
     """Resize a position table [H, W, C] to another grid, bicubic, in float32; the table itself if it fits already."""
-    if positions.shape[:2] == grid:
+    if not (is_open(grid[0]) or is_open(grid[1])) and positions.shape[:2] == grid:
         return positions
     channels_first = positions.permute(2, 0, 1)[None].to(at_least_float32(positions.dtype))  # [1, C, H, W]
     resized = F.interpolate(channels_first, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
@@ -162,9 +162,9 @@ def feed_forward(
     def activate_and_contract(hidden_layer: torch.Tensor) -> torch.Tensor:
         return contract(activation(hidden_layer))
 
-    on_cpu, num_tokens = hidden_states.device.type == "cpu", hidden_states.shape[:-1].numel()
     # A compiler decides for itself what to keep and how much to compute at a time.
     if not is_recording():
+        on_cpu, num_tokens = hidden_states.device.type == "cpu", hidden_states.shape[:-1].numel()
         if needs_gradient(hidden_states, expand, activation, contract):
             hidden_layer = expand(hidden_states)
             # To compute again takes 0.4 ms of Python, for which a GPU that has little to do would wait.

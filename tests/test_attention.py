@@ -182,3 +182,37 @@ def test_sdpa_means_what_suits_device_and_graph():
     program = torch.export.export(module, (torch.randn(1, 8, 8, 32),))
     assert "scaled_dot_product_attention" in str(program.graph)
     assert relative_error(program.module()(torch.ones(1, 8, 8, 32)), module(torch.ones(1, 8, 8, 32))) < 1e-4
+
+
+@pytest.mark.parametrize("window_size", [0, 3])
+def test_compiled_blocks_are_one_operator_for_every_size(window_size):
+    """Pins loops that a compiled graph unrolled, and one more graph for each size of page."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    module = make_attention(window_size)
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend=backend, dynamic=True, fullgraph=True)
+    for shape in [(2, 8, 12, 32), (3, 9, 6, 32), (2, 12, 8, 32)]:
+        hidden_states = torch.randn(*shape, dtype=torch.float64)
+        expected = outputs_and_gradients(module, "blockwise", hidden_states)
+        actual = outputs_and_gradients(compiled, "blockwise", hidden_states)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9), shape
+    assert len(graphs) == 1
+    assert sum("blockwise_attention" in str(node.target) for node in graphs[0].graph.nodes) == 1
+
+
+def test_exported_blocks_run_at_sizes_that_they_were_not_exported_at():
+    """Pins an export with dynamic sizes that refused all others."""
+    module = make_attention(3)
+    module.config._attn_implementation = "blockwise"
+    sizes = {dim: torch.export.Dim(name, min=2, max=64) for dim, name in enumerate(("batch", "height", "width"))}
+    hidden_states = torch.randn(2, 8, 7, 32, dtype=torch.float64)
+    program = torch.export.export(module, (hidden_states,), dynamic_shapes=(sizes,)).module()
+    for shape in [(2, 9, 9, 32), (3, 5, 30, 32), (2, 12, 8, 32)]:
+        hidden_states = torch.randn(*shape, dtype=torch.float64)
+        assert torch.allclose(program(hidden_states), module(hidden_states), rtol=1e-9, atol=1e-9), shape

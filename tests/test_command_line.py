@@ -14,7 +14,7 @@ from deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.__main__ import main
 
 
-COMMANDS = ("extract", "write-back", "verify", "show", "encode", "upload")
+COMMANDS = ("extract", "write-back", "verify", "show", "encode", "export", "upload")
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ TRAVELLING = {
 BELOW = {
     "weights": {*TRAVELLING},
     "encoding": {*TRAVELLING, "weights"},
+    "export": {*TRAVELLING, "weights", "encoding"},
     "composites": {*TRAVELLING, "weights", "encoding"},
     "training": {*TRAVELLING, "weights", "encoding", "composites"},
     "visualize": {*TRAVELLING, "weights", "encoding", "composites"},

@@ -1,0 +1,315 @@
+"""Write the encoder as a file for another runtime, run that file there, and keep it only if it gives the same tokens.
+
+What is exported is a function of the pixels alone, with the attention that needs least memory in these runtimes: the
+relative positions folded into queries and keys (`"sdpa_folded"`), so that no bias of 0.8 GB a global block is made.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_choice, require_integer
+from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import resize_positions
+from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
+from deepseek_ocr_vision.saving.staging import staging_folder
+
+from . import runtimes
+
+
+Format = Literal["onnx", "pt2", "openvino"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+_SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
+_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("openvino",)}
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
+_INPUT, _OUTPUT = "pixel_values", "last_hidden_state"
+
+
+class ExportError(ValueError):
+    """The exported file gives other tokens than the model."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and how it ran in its own runtime.
+
+    Attributes:
+        file: The exported model; a file with its weights may lie beside it.
+        description: The JSON file with inputs, outputs and preprocessing.
+        difference: The largest difference to the model's tokens, relative to their standard deviation.
+        tolerance: How large it may be.
+        seconds: What each batch of the check took in the runtime.
+        peak_bytes: The most memory that the runtime's process held.
+    """
+
+    file: Path
+    description: Path
+    difference: float
+    tolerance: float
+    seconds: tuple[float, ...]
+    peak_bytes: int
+
+
+class _Tokens(nn.Module):
+    """The encoder as a function of pixels that gives tokens."""
+
+    def __init__(self, model: DeepSeekOCRVisionModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values, return_dict=True).last_hidden_state
+
+
+class _FixedEmbeddings(nn.Module):
+    """The CLIP stage's embeddings for grids of one size, with what they add to a grid as a table."""
+
+    def __init__(self, embeddings: nn.Module, grid: torch.Tensor):
+        super().__init__()
+        self.register_buffer("added", embeddings(torch.zeros_like(grid)))  # [1, N (+ 1), C]
+        self.num_class_tokens = self.added.shape[1] - grid.shape[-2:].numel()
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:  # [B, C, H, W] -> [B, N (+ 1), C]
+        return F.pad(feature_map.flatten(2).transpose(1, 2), (0, 0, self.num_class_tokens, 0)) + self.added
+
+
+class _TokensOfImages(_Tokens):
+    """The same of images as they are stored, uint8 [B, height, width, 3], which it normalises itself."""
+
+    def __init__(self, model: DeepSeekOCRVisionModel, image_processor: DeepSeekOCRVisionImageProcessor):
+        super().__init__(model)
+        mean, std = (torch.tensor(getattr(image_processor, f"image_{name}")) for name in ("mean", "std"))
+        self.register_buffer("scale", image_processor.rescale_factor / std)
+        self.register_buffer("shift", -mean / std)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward((images.float() * self.scale + self.shift).permute(0, 3, 1, 2))
+
+
+def export_encoder(
+    model: DeepSeekOCRVisionModel,
+    file: str | os.PathLike,
+    *,
+    format: Format,
+    size: int | tuple[int, int] | None = None,
+    raw_images: bool = False,
+    image_processor: DeepSeekOCRVisionImageProcessor | None = None,
+) -> Export:
+    """Write an encoder for another runtime; pages of one size, in batches of any.
+
+    The file is run in its own runtime, in a fresh process, on random pixels in two batches, and gets its name only if
+    its tokens are the model's. Beside it a JSON file says what goes in, what comes out, and how pages are prepared.
+
+    Args:
+        model: The encoder, in float32 or float16, on the CPU. It stays as it is.
+        file: The name to write, ending in `.onnx`, `.pt2`, or, for OpenVINO, `.xml`. What is there is replaced.
+        format: `"onnx"` for ONNX Runtime and others, `"pt2"` for `torch.export.load`, or `"openvino"`.
+        size: Side of a square page in pixels, or height and width; multiples of `config.patch_size`. By default
+            `config.image_size`.
+        raw_images: Whether the input is uint8 [B, height, width, 3] of that size in place of normalised pixels.
+        image_processor: What prepares the pages. By default the one that belongs to the model.
+
+    Raises:
+        ExportError: The file gives other tokens than the model. It is not left behind.
+        ImportError: A package of the extra `export` is not installed.
+        OSError: The folder of `file` is not there, or the file cannot be written.
+        TypeError: An argument is of a wrong type.
+        ValueError: `format` is none of these, or `file`, `size`, or the model's dtype or device does not fit.
+    """
+    file = Path(file)
+    require_choice("format", format, FORMATS)
+    if file.suffix != _SUFFIXES[format]:
+        raise ValueError(f"`file` is {str(file)!r}; for format {format!r} it has to end in {_SUFFIXES[format]!r}.")
+    if model.dtype not in _TOLERANCES or model.device.type != "cpu":
+        raise ValueError(
+            f"`model` is in {model.dtype} on {model.device}; it has to be in float32 or float16 on the CPU."
+        )
+    height, width = _page_size(model, size)
+    _require_packages(format)
+    image_processor = image_processor or model.default_image_processor()
+    module = _TokensOfImages(model, image_processor) if raw_images else _Tokens(model)
+    batches = [_random_input(number, height, width, model, raw_images) for number in (2, 1)]
+    with _ready_to_export(model), staging_folder(file.parent) as folder:
+        expected = [module(batch) for batch in batches]
+        with _positions_for(model, height, width):
+            _WRITERS[format](module, batches[0], folder / file.name)
+        measured, difference = _compare(format, folder / file.name, batches, expected)
+        tolerance = _TOLERANCES[model.dtype]
+        if not difference <= tolerance:
+            raise ExportError(
+                f"In its own runtime the exported file gives other tokens than the model: they differ by "
+                f"{difference:.1e} of the standard deviation, and {tolerance:.0e} is allowed. {file} was not written."
+            )
+        export = Export(file, file.with_name(f"{file.name}.json"), difference, tolerance, **measured)
+        description = _describe(model, batches[0], expected[0], image_processor, format) | _plain(export)
+        (folder / export.description.name).write_text(json.dumps(description, indent=2) + "\n")
+        # The file itself last: it is complete when it is there.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == file.name):
+            os.replace(path, file.parent / path.name)
+    return export
+
+
+def _page_size(model: DeepSeekOCRVisionModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    size = model.config.image_size if size is None else size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    for side in (height, width):
+        if require_integer("size", side, at_least=1) % model.config.patch_size:
+            raise ValueError(f"`size` is {size}; height and width have to be multiples of {model.config.patch_size}.")
+    return height, width
+
+
+def _require_packages(format: Format) -> None:
+    for package in _PACKAGES[format]:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"Export to {format} needs {package}: pip install 'deepseek-ocr-vision[export]'"
+            ) from error
+
+
+def _random_input(
+    batch_size: int, height: int, width: int, model: DeepSeekOCRVisionModel, raw_images: bool
+) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(batch_size)
+    if raw_images:
+        return torch.randint(0, 256, (batch_size, height, width, 3), generator=draw, dtype=torch.uint8)
+    channels = model.config.num_channels
+    return torch.randn(batch_size, channels, height, width, generator=draw).to(model.dtype)
+
+
+@contextmanager
+def _ready_to_export(model: DeepSeekOCRVisionModel) -> Iterator[None]:
+    """Evaluation mode, no gradients, and the attention to export; afterwards all is as it was."""
+    stages = {"sam_config": model.sam_model, "clip_config": model.vision_model}
+    before = {name: stage.config._attn_implementation for name, stage in stages.items()}
+    was_training = model.training
+    try:
+        model.eval().set_attn_implementation("sdpa_folded")
+        with torch.no_grad(), warnings.catch_warnings():
+            # Of the exporters themselves, about their own next versions.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        model.train(was_training).set_attn_implementation(before)
+
+
+@contextmanager
+def _positions_for(model: DeepSeekOCRVisionModel, height: int, width: int) -> Iterator[None]:
+    """Tables of positions for pages of one size: not every runtime can resize them as PyTorch does."""
+    sam, clip, token_size = model.sam_model, model.vision_model, model.config.patch_size
+    table, embeddings = sam.pos_embed, clip.get_input_embeddings()
+    sides = [side // model.config.sam_config.patch_size for side in (height, width)]
+    grid = table.new_empty(1, model.config.clip_config.hidden_size, height // token_size, width // token_size)
+    try:
+        sam.pos_embed = nn.Parameter(resize_positions(table[0], (sides[0], sides[1]), antialias=True)[None])
+        clip.set_input_embeddings(_FixedEmbeddings(embeddings, grid))
+        yield
+    finally:
+        sam.pos_embed = table
+        clip.set_input_embeddings(embeddings)
+
+
+def _program(module: nn.Module, batch: torch.Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(
+        module, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},), strict=False
+    )
+
+
+def _write_pt2(module: nn.Module, batch: torch.Tensor, file: Path) -> None:
+    torch.export.save(_program(module, batch), file)
+
+
+def _write_onnx(module: nn.Module, batch: torch.Tensor, file: Path) -> None:
+    program = torch.onnx.export(
+        _program(module, batch),
+        (batch,),
+        input_names=[_INPUT],
+        output_names=[_OUTPUT],
+        dynamo=True,
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("`torch.onnx.export` gave nothing.")
+    program.save(file)
+
+
+def _write_openvino(module: nn.Module, batch: torch.Tensor, file: Path) -> None:
+    import openvino
+
+    model = openvino.convert_model(_program(module, batch))
+    model.inputs[0].set_names({_INPUT})
+    model.outputs[0].set_names({_OUTPUT})
+    # It would store weights in float16.
+    openvino.save_model(model, file, compress_to_fp16=False)
+
+
+_WRITERS = {"onnx": _write_onnx, "pt2": _write_pt2, "openvino": _write_openvino}
+
+
+def _compare(
+    format: Format, file: Path, batches: list[torch.Tensor], expected: list[torch.Tensor]
+) -> tuple[dict[str, Any], float]:
+    """Run a file in a fresh process; what it took, and the largest difference relative to the standard deviation."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, batch in enumerate(batches):
+            np.save(Path(folder, f"{number}.npy"), batch.numpy())
+        command = [sys.executable, runtimes.__file__, format, str(file), folder]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise ExportError(f"The exported file does not run in its own runtime:\n{result.stderr.strip()}")
+        measured = json.loads(Path(folder, "measured.json").read_text())
+        outputs = [torch.from_numpy(np.load(Path(folder, f"{number}-output.npy"))) for number in range(len(batches))]
+    # By torch, whose largest of several numbers is NaN where one of them is; Python's may not be.
+    differences = [_difference(*pair) for pair in zip(outputs, expected, strict=True)]
+    measured["seconds"] = tuple(measured["seconds"])
+    return measured, torch.tensor(differences).max().item()
+
+
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    if actual.shape != expected.shape:
+        return float("inf")
+    return ((actual.double() - expected.double()).abs().max() / expected.double().std()).item()
+
+
+def _describe(
+    model: DeepSeekOCRVisionModel,
+    batch: torch.Tensor,
+    tokens: torch.Tensor,
+    image_processor: DeepSeekOCRVisionImageProcessor,
+    format: Format,
+) -> dict[str, Any]:
+    """What whoever runs the file needs to know."""
+
+    def described(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+        return {"name": name, "shape": ["batch", *tensor.shape[1:]], "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+    return {
+        "format": format,
+        "feature_mode": model.config.feature_mode,
+        "inputs": [described(_INPUT, batch)],
+        "outputs": [described(_OUTPUT, tokens)],
+        "preprocessing": image_processor.to_dict(),
+        "versions": {name: version(name) for name in ("torch", *_PACKAGES[format])},
+    }
+
+
+def _plain(export: Export) -> dict[str, Any]:
+    """The check as JSON has it."""
+    return {"check": {name: value for name, value in asdict(export).items() if name not in ("file", "description")}}

@@ -1,0 +1,107 @@
+"""Files for other runtimes: they give the model's tokens there, or they are not left behind."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from helpers import pixels, relative_error, tiny_config
+
+from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
+from deepseek_ocr_vision.__main__ import main
+from deepseek_ocr_vision.export import ExportError, export_encoder
+
+
+def needs(*packages):
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} is not installed (extra `export`)")
+
+
+def model_of(feature_mode="concat"):
+    torch.manual_seed(0)
+    return DeepSeekOCRVisionModel(tiny_config(feature_mode=feature_mode)).eval()
+
+
+def test_the_command_writes_a_file_that_gives_the_model_s_tokens_and_says_how_to_use_it(tmp_path, capsys):
+    """Pins `export --format pt2`: the file, its check in a fresh process, and the JSON beside it."""
+    model = model_of()
+    model.save_pretrained(tmp_path / "encoder")
+    DeepSeekOCRVisionImageProcessor(size=128).save_pretrained(tmp_path / "encoder")
+    file = tmp_path / "encoder.pt2"
+    command = ["export", str(tmp_path / "encoder"), "--format", "pt2", "--size", "64", "128", "--out", str(file)]
+    assert main(command) == 0
+    assert "differ" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "encoder.pt2", "encoder.pt2.json"]
+    program = torch.export.load(file).module()
+    for batch_size in (1, 3):
+        batch = pixels(batch_size, 64, 128)
+        assert relative_error(program(batch), model(batch).last_hidden_state) < 1e-4
+    description = json.loads((tmp_path / "encoder.pt2.json").read_text())
+    assert description["inputs"] == [{"name": "pixel_values", "shape": ["batch", 3, 64, 128], "dtype": "float32"}]
+    assert description["outputs"][0]["shape"] == ["batch", 2, model.config.hidden_size]
+    assert description["preprocessing"]["image_mean"] == DeepSeekOCRVisionImageProcessor().image_mean
+    assert description["check"]["difference"] <= description["check"]["tolerance"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("format", "suffix", "feature_mode"),
+    [
+        pytest.param("onnx", ".onnx", "projected", marks=needs("onnx", "onnxscript", "onnxruntime")),
+        pytest.param("openvino", ".xml", "residual", marks=needs("openvino")),
+    ],
+)
+def test_other_runtimes_give_the_model_s_tokens(format, suffix, feature_mode, tmp_path):
+    """Pins ONNX with images that the file normalises itself, and OpenVINO; the call itself compares the tokens."""
+    model = model_of(feature_mode)
+    file = tmp_path / f"encoder{suffix}"
+    result = export_encoder(model, file, format=format, size=(64, 128), raw_images=format == "onnx")
+    assert file.is_file()
+    assert result.difference < 1e-4
+    assert len(result.seconds) == 2
+    assert result.peak_bytes > 1 << 20
+
+
+def test_exported_with_any_batch_it_gives_the_model_s_tokens():
+    """Pins a batch size that exporting took for a constant."""
+    model = model_of()
+    model.set_attn_implementation("sdpa_folded")
+    batch = {"pixel_values": {0: torch.export.Dim("batch", max=1024)}}
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (), {"pixel_values": pixels(2, 64, 128)}, dynamic_shapes=batch, strict=False
+        ).module()
+        for batch_size in (1, 3):
+            others = pixels(batch_size, 64, 128)
+            actual = program(pixel_values=others).last_hidden_state
+            assert relative_error(actual, model(others).last_hidden_state) < 1e-5
+
+
+def test_a_file_that_gives_other_tokens_is_not_left_behind_and_the_model_is_as_before(tmp_path):
+    """Pins the promise of the check, by a model that adds noise: the file draws other noise than the model."""
+    model = model_of().train()
+    model.set_attn_implementation("eager")
+    model.sam_model.neck.register_forward_hook(lambda module, inputs, output: output + torch.rand_like(output))
+    (tmp_path / "encoder.pt2").write_text("the one before")
+    with pytest.raises(ExportError, match=r"differ by .* and 1e-04 is allowed"):
+        export_encoder(model, tmp_path / "encoder.pt2", format="pt2", size=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.pt2"]
+    assert (tmp_path / "encoder.pt2").read_text() == "the one before"
+    assert model.training
+    assert model.sam_model.config._attn_implementation == model.vision_model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "tflite"}, r"`format`.*'onnx'"),
+        ({"file": "encoder.onnx"}, r"'encoder\.onnx'.*'\.pt2'"),
+        ({"size": 100}, r"`size` is 100.*multiples of 64"),
+        ({"size": (64, 0)}, "`size`"),
+        ({"model": model_of().bfloat16()}, r"bfloat16.*float32 or float16"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_by_name(change, message):
+    """Pins messages for mistakes that the exporters would report in their own terms."""
+    arguments = {"model": model_of(), "file": "encoder.pt2", "format": "pt2"} | change
+    with pytest.raises(ValueError, match=message):
+        export_encoder(arguments.pop("model"), arguments.pop("file"), **arguments)
