@@ -5,10 +5,11 @@ from typing import Any
 
 import transformers
 
-from deepseek_ocr_vision.composites.llava import IMAGE_TOKEN, build_llava, build_model, build_processor, save_llava
+from deepseek_ocr_vision.composites.llava import build_llava, build_model, build_processor, save_llava
+from deepseek_ocr_vision.composites.prompts import IMAGE_TOKEN, PROMPTS
 
 
-__all__ = ["IMAGE_TOKEN", "build_llava", "build_model", "build_processor", "save_llava"]
+__all__ = ["IMAGE_TOKEN", "PROMPTS", "build_llava", "build_model", "build_processor", "save_llava"]
 
 if hasattr(transformers, "UnlimitedOcrForConditionalGeneration"):
     from deepseek_ocr_vision.composites.deepseek_ocr import (
@@ -16,15 +17,9 @@ if hasattr(transformers, "UnlimitedOcrForConditionalGeneration"):
         DeepSeekOCRForConditionalGeneration,
         NoRepeatNGram,
     )
-    from deepseek_ocr_vision.composites.deepseek_ocr_processor import PROMPTS, DeepSeekOCRProcessor
+    from deepseek_ocr_vision.composites.deepseek_ocr_processor import DeepSeekOCRProcessor
 
-    __all__ += [
-        "PROMPTS",
-        "DeepSeekOCRConfig",
-        "DeepSeekOCRForConditionalGeneration",
-        "DeepSeekOCRProcessor",
-        "NoRepeatNGram",
-    ]
+    __all__ += ["DeepSeekOCRConfig", "DeepSeekOCRForConditionalGeneration", "DeepSeekOCRProcessor", "NoRepeatNGram"]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,6 +28,6 @@ def __getattr__(name: str) -> Any:
     Raises:
         ImportError: The installed transformers has no Unlimited-OCR.
     """
-    if name in ("PROMPTS", "NoRepeatNGram") or name.startswith("DeepSeekOCR"):
+    if name == "NoRepeatNGram" or name.startswith("DeepSeekOCR"):
         importlib.import_module("deepseek_ocr_vision.composites.deepseek_ocr")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,14 +17,20 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, NoRepeatNGramLogitsProcessor
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import can_return_tuple
 
 from deepseek_ocr_vision.composites.deepseek_ocr_weights import WriteReport, load_whole, write_whole
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import (
+    require_choice,
+    require_integer,
+    require_number,
+)
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import LayerGroups
 from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import problems_with
+from deepseek_ocr_vision.weights.repository import HUB_OPTIONS
+from deepseek_ocr_vision.weights.sizes import read_config_of
 
 
 try:
@@ -89,17 +95,9 @@ class DeepSeekOCRConfig(UnlimitedOcrConfig):
 
     def _check(self) -> None:
         vision, text = self.vision_config, self.text_config
-        if vision.feature_mode != FEATURE_MODE:
-            raise ValueError(
-                f"`vision_config.feature_mode` is {vision.feature_mode!r}; it has to be {FEATURE_MODE!r}."
-            )
-        if not 0 <= self.image_token_id < text.vocab_size:
-            raise ValueError(
-                f"`image_token_id` is {self.image_token_id}; it has to be from 0 to text_config.vocab_size - 1 "
-                f"({text.vocab_size - 1})."
-            )
-        if not 0 <= self.aux_loss_alpha < float("inf"):
-            raise ValueError(f"`aux_loss_alpha` is {self.aux_loss_alpha!r}; it has to be 0 or a positive number.")
+        require_choice("vision_config.feature_mode", vision.feature_mode, [FEATURE_MODE])
+        require_integer("image_token_id", self.image_token_id, at_least=0, at_most=text.vocab_size - 1)
+        require_number("aux_loss_alpha", self.aux_loss_alpha, at_least=0)
         if self.aux_loss_alpha and text.topk_method != "greedy":
             raise ValueError(
                 f"`text_config.topk_method` is {text.topk_method!r}; with an `aux_loss_alpha` it has to be 'greedy'."
@@ -225,12 +223,7 @@ class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditiona
         *,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | dict[str, str] | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        **fields: Any,
+        **options: Any,
     ) -> "DeepSeekOCRForConditionalGeneration":
         """Load a whole DeepSeek-OCR or Unlimited-OCR: in the released layout, or as transformers saves it.
 
@@ -244,13 +237,9 @@ class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditiona
             dtype: What to convert the weights to. By default they stay as they are stored, bfloat16 if released. The
                 routers are in float32 always, as in transformers.
             attn_implementation: As in transformers.
-            revision: Branch, tag or commit on the Hub.
-            token: The Hub's token; by default the one that is logged in.
-            cache_dir: The Hub's cache; by default huggingface_hub's own.
-            force_download: Whether to fetch again what is in the cache.
-            local_files_only: Whether to do without the Hub.
-            fields: Of `DeepSeekOCRConfig`, in place of what the checkpoint says: `aux_loss_alpha`, or
-                `image_token_id` where neither its configuration nor its tokenizer tells.
+            options: The Hub's `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, and fields of
+                `DeepSeekOCRConfig` in place of what the checkpoint says: `aux_loss_alpha`, or `image_token_id` where
+                neither its configuration nor its tokenizer tells.
 
         Returns:
             The model in `eval()`, on the CPU. Every parameter requires a gradient.
@@ -261,25 +250,13 @@ class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditiona
                 or the file with the sizes expected and found.
             OSError: It is not there or cannot be fetched; the message names the file, or status and repository.
         """
-        hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        hub_options |= {"force_download": force_download, "local_files_only": local_files_only}
-        return load_whole(
-            cls,
-            source,
-            dtype=dtype,
-            fields=fields,
-            attn_implementation=attn_implementation,
-            hub_options=hub_options,
-        )
+        model = load_whole(cls, source, dtype=dtype, **options)
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
+        return model
 
     def write_deepseek_ocr(
-        self,
-        base: str | os.PathLike,
-        target: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        self, base: str | os.PathLike, target: str | os.PathLike, **hub_options: Any
     ) -> WriteReport:
         """Write a checkpoint in the layout of another one, with this model's weights in place of all of its own.
 
@@ -291,9 +268,7 @@ class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditiona
             base: A whole DeepSeek-OCR or Unlimited-OCR: a folder, a safetensors file or a Hub id, which is fetched
                 whole; in the released layout or that of transformers' Unlimited-OCR.
             target: The new folder, or file if the base is one; it must not exist yet, or be an empty folder.
-            revision: Branch, tag or commit of a base on the Hub.
-            token: The Hub's token; by default the one that is logged in.
-            cache_dir: The Hub's cache; by default huggingface_hub's own.
+            hub_options: `revision`, `token` and `cache_dir` of a base on the Hub.
 
         Returns:
             A report: which tensors were replaced, which of them rounded, which kept the base's values, and which files
@@ -305,8 +280,7 @@ class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditiona
             FileExistsError: There is something at `target`.
             OSError: The base cannot be read, the target not be written, or the disk is too small.
         """
-        hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        return write_whole(self, base, target, hub_options=hub_options)
+        return write_whole(self, base, target, **hub_options)
 
     @classmethod
     def from_pretrained(
@@ -411,11 +385,7 @@ def _part_of_step(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int |
 
 
 def _require_router_gradients(model: nn.Module, router_logits: tuple[torch.Tensor, ...]) -> None:
-    """Refuse what would leave the load-balancing loss out without a word.
-
-    Raises:
-        ValueError: Layers are checkpointed in the reentrant way, in which router logits lose their gradients.
-    """
+    """Refuse reentrant checkpointing, in which router logits lose their gradients, and the loss of them its effect."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     has_trained_router = any(name.endswith(".mlp.gate.weight") for name in trained)
     if has_trained_router and torch.is_grad_enabled() and not any(logits.requires_grad for logits in router_logits):
@@ -429,10 +399,8 @@ def _require_own_kind(source: str | os.PathLike | None, options: dict[str, Any])
     """Refuse a checkpoint whose configuration is not of this model's kind."""
     if source is None or options.get("config") is not None:
         return
-    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    hub_options = {name: options[name] for name in names if name in options}
-    config, _ = PreTrainedConfig.get_config_dict(source, **hub_options)
-    model_type = config.get("model_type")
+    hub_options = {name: options[name] for name in (*HUB_OPTIONS, "subfolder") if name in options}
+    model_type = read_config_of(source, **hub_options).get("model_type")
     if model_type != DeepSeekOCRConfig.model_type:
         raise ValueError(
             f"{source} is a checkpoint of the kind {model_type!r}, not {DeepSeekOCRConfig.model_type!r}. A released "
@@ -458,11 +426,3 @@ register_checkpoint_conversion_mapping(
 )
 AutoConfig.register(DeepSeekOCRConfig.model_type, DeepSeekOCRConfig, exist_ok=True)
 AutoModelForImageTextToText.register(DeepSeekOCRConfig, DeepSeekOCRForConditionalGeneration, exist_ok=True)
-
-__all__ = [
-    "DeepSeekOCRConfig",
-    "DeepSeekOCRForConditionalGeneration",
-    "DeepSeekOCRModel",
-    "NoRepeatNGram",
-    "load_balancing_loss",
-]

@@ -12,21 +12,12 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from deepseek_ocr_vision.composites.deepseek_ocr import DeepSeekOCRConfig
-from deepseek_ocr_vision.composites.deepseek_ocr_weights import IMAGE_TOKEN, local_source
+from deepseek_ocr_vision.composites.prompts import IMAGE_TOKEN
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import ModeName
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
 from deepseek_ocr_vision.processing.image_processing_deepseek_ocr_vision import TOKEN_SIZE
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import named_images
-
-
-PROMPTS = {
-    "text": "<image>\nFree OCR.",
-    "markdown": "<image>\n<|grounding|>Convert the document to markdown.",
-    "ocr": "<image>\n<|grounding|>OCR this image.",
-    "figure": "<image>\nParse the figure.",
-    "describe": "<image>\nDescribe this image in detail.",
-}
-"""The prompts that the released model was trained with."""
+from deepseek_ocr_vision.weights.repository import HUB_OPTIONS, local_checkpoint
 
 
 class DeepSeekOCRProcessor(ProcessorMixin):
@@ -49,12 +40,7 @@ class DeepSeekOCRProcessor(ProcessorMixin):
         ValueError: The tokenizer has no token `<image>`.
     """
 
-    skip_tensor_conversion = [  # noqa: RUF012
-        "video_metadata",
-        "text_replacement_offsets",
-        "num_local_patches",
-        "patches_grid",
-    ]
+    skip_tensor_conversion = ["video_metadata", "text_replacement_offsets", "num_local_patches", "patches_grid"]  # noqa: RUF012
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         self.image_token = IMAGE_TOKEN
@@ -69,32 +55,22 @@ class DeepSeekOCRProcessor(ProcessorMixin):
         source: str | os.PathLike,
         *,
         mode: ModeName = "gundam",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        **fields: Any,
+        **options: Any,
     ) -> "DeepSeekOCRProcessor":
         """Make the processor that goes with `DeepSeekOCRForConditionalGeneration.from_deepseek_ocr`.
 
         Args:
             source: A Hub id, or a folder with the tokenizer.
             mode: One of the released model's resolutions: `"tiny"`, `"small"`, `"base"`, `"large"` or `"gundam"`.
-            revision: Branch, tag or commit on the Hub.
-            token: The Hub's token; by default the one that is logged in.
-            cache_dir: The Hub's cache; by default huggingface_hub's own.
-            force_download: Whether to fetch again what is in the cache.
-            local_files_only: Whether to do without the Hub.
-            fields: Further arguments of the image processor, such as `max_patches`, or `size` in place of a mode.
+            options: The Hub's `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, and further
+                arguments of the image processor, such as `max_patches`, or `size` in place of a mode.
 
         Raises:
             OSError: There is no tokenizer, or it cannot be fetched.
             ValueError: It has no `<image>`, or a field has a value that is not allowed.
         """
-        hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        hub_options |= {"force_download": force_download, "local_files_only": local_files_only}
-        folder = local_source(source, hub_options, patterns=("*.json", "*.txt", "*.model"))
+        hub_options = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        folder = local_checkpoint(source, "source", patterns=("*.json", "*.txt", "*.model"), **hub_options)
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{source} has no tokenizer.json; it is no whole DeepSeek-OCR.")
         # The class that takes tokenizer.json as it is. The one that the released configuration names is Llama's, which
@@ -102,8 +78,8 @@ class DeepSeekOCRProcessor(ProcessorMixin):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        resolution = {} if "size" in fields else {"mode": mode}
-        return cls(DeepSeekOCRVisionImageProcessor("deepseek-ocr", **(resolution | fields)), tokenizer)
+        resolution = {} if "size" in options else {"mode": mode}
+        return cls(DeepSeekOCRVisionImageProcessor("deepseek-ocr", **(resolution | options)), tokenizer)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare texts and their images.
@@ -125,17 +101,14 @@ class DeepSeekOCRProcessor(ProcessorMixin):
             if not isinstance(entry, str):
                 raise TypeError(f"`text` holds a {type(entry).__name__}; it has to hold strings.")
         if kwargs.pop("add_special_tokens", True):
-            texts = [self._begun(entry) for entry in texts]
+            beginning = self.tokenizer.bos_token or ""
+            texts = [entry if entry.startswith(beginning) else beginning + entry for entry in texts]
         images = None if isinstance(images, list | tuple) and not images else images
         num_tokens = sum(entry.count(self.image_token) for entry in texts)
         num_images = 0 if images is None else len(list(named_images(images, "images")))
         if num_tokens != num_images:
             raise ValueError(f"The texts hold {num_tokens} {self.image_token}, and there are {num_images} images.")
         return super().__call__(images=images, text=texts, add_special_tokens=False, **kwargs)
-
-    def _begun(self, text: str) -> str:
-        beginning = self.tokenizer.bos_token or ""
-        return text if text.startswith(beginning) else beginning + text
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """As many `<image>` as the model has tokens for an image: with the special tokens, and tiles first."""
@@ -148,5 +121,3 @@ class DeepSeekOCRProcessor(ProcessorMixin):
 
 
 AutoProcessor.register(DeepSeekOCRConfig, DeepSeekOCRProcessor, exist_ok=True)
-
-__all__ = ["PROMPTS", "DeepSeekOCRProcessor"]

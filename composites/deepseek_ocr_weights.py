@@ -13,48 +13,26 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 
-from deepseek_ocr_vision.saving.checksums import verify_checksums
+from deepseek_ocr_vision.composites.prompts import IMAGE_TOKEN
 from deepseek_ocr_vision.saving.saving_deepseek_ocr_vision import CHECKSUMS
-from deepseek_ocr_vision.weights.checkpoints import open_local
+from deepseek_ocr_vision.weights.checkpoints import compare_checksums, open_local
 from deepseek_ocr_vision.weights.names import match_tensors
 from deepseek_ocr_vision.weights.reading import chosen_dtype, widest_dtype
-from deepseek_ocr_vision.weights.repository import explained, repository_named
+from deepseek_ocr_vision.weights.repository import HUB_OPTIONS, local_checkpoint
 from deepseek_ocr_vision.weights.sizes import config_of_checkpoint
 from deepseek_ocr_vision.weights.writing import WriteReport, weights_of, write_weights
 
 
-IMAGE_TOKEN = "<image>"
 # What of a repository a model and its processor are made of.
 _NEEDED_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", CHECKSUMS)
 
 # The language model's fields in DeepSeek's configuration that have the same names in transformers' one.
-_LANGUAGE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "n_shared_experts",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "n_group",
-    "topk_group",
-    "topk_method",
-    "routed_scaling_factor",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "first_k_dense_replace",
-    "rms_norm_eps",
-    "hidden_act",
-    "attention_bias",
-    "sliding_window",
-)
+_LANGUAGE_FIELDS: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+_LANGUAGE_FIELDS += ("hidden_act", "rms_norm_eps", "num_attention_heads", "num_key_value_heads", "attention_bias")
+_LANGUAGE_FIELDS += ("max_position_embeddings", "sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
+_LANGUAGE_FIELDS += ("n_shared_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+_LANGUAGE_FIELDS += ("n_group", "topk_group", "topk_method", "routed_scaling_factor", "first_k_dense_replace")
 # What transformers' classes compute in one way only. DeepSeek's configuration can say otherwise; its default is this.
 _BUILT_IN = {
     "use_mla": False,
@@ -74,22 +52,14 @@ _OUR_PREFIXES = (
 _EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def load_whole(
-    model_class: Any,
-    source: str | os.PathLike,
-    *,
-    dtype: str | torch.dtype | None,
-    fields: dict[str, Any],
-    attn_implementation: Any,
-    hub_options: dict[str, Any],
-) -> Any:
+def load_whole(model_class: Any, source: str | os.PathLike, *, dtype: str | torch.dtype | None, **options: Any) -> Any:
     """What `DeepSeekOCRForConditionalGeneration.from_deepseek_ocr` says."""
-    checkpoint = open_local(local_source(source, hub_options))
-    if (checkpoint.folder / CHECKSUMS).is_file():
-        verify_checksums(checkpoint.folder)
+    hub_options = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+    checkpoint = open_local(local_checkpoint(source, "source", patterns=_NEEDED_FILES, **hub_options))
+    compare_checksums(checkpoint.folder)
     stated = {"image_token_id": image_token_of(checkpoint.folder)} | fields_of_config(checkpoint.config)
     config = model_class.config_class.from_dict(
-        {name: value for name, value in stated.items() if value is not None} | fields
+        {name: value for name, value in stated.items() if value is not None} | options
     )
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
@@ -106,45 +76,15 @@ def load_whole(
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     model.config.dtype = chosen
-    if attn_implementation is not None:
-        model.set_attn_implementation(attn_implementation)
     model.generation_config.pad_token_id = config.text_config.eos_token_id
     return model.eval()
 
 
-def write_whole(
-    model: Any, base: str | os.PathLike, target: str | os.PathLike, *, hub_options: dict[str, Any]
-) -> WriteReport:
+def write_whole(model: Any, base: str | os.PathLike, target: str | os.PathLike, **hub_options: Any) -> WriteReport:
     """What `DeepSeekOCRForConditionalGeneration.write_deepseek_ocr` says."""
-    folder = local_source(base, hub_options, argument="base", patterns=None)
+    folder = local_checkpoint(base, "base", **hub_options)
     present = open_local(folder).tensors
     return write_weights(released_views(weights_of(model), present), folder, target, whole=True)
-
-
-def local_source(
-    source: str | os.PathLike,
-    hub_options: Mapping[str, Any],
-    *,
-    argument: str = "source",
-    patterns: tuple[str, ...] | None = _NEEDED_FILES,
-) -> Path:
-    """A checkpoint on this machine, fetched if it is on the Hub.
-
-    Args:
-        source: A path or a Hub id.
-        hub_options: As huggingface_hub takes them.
-        argument: Its name, for messages.
-        patterns: Which files to fetch; all if `None`.
-
-    Raises:
-        TypeError: `source` is no path and no Hub id.
-        OSError: It is not there or cannot be fetched.
-    """
-    repo_id = repository_named(source, argument=argument)
-    if repo_id is None:
-        return Path(source)
-    with explained(repo_id):
-        return Path(snapshot_download(repo_id, allow_patterns=list(patterns) if patterns else None, **hub_options))
 
 
 def is_router(name: str) -> bool:
@@ -177,11 +117,7 @@ def released_views(weights: Mapping[str, torch.Tensor], present: Container[str] 
 
 
 def fields_of_config(contents: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `DeepSeekOCRConfig` that a checkpoint's `config.json` states.
-
-    Raises:
-        ValueError: It describes what transformers' classes do not compute, or no language model.
-    """
+    """The fields of a `DeepSeekOCRConfig` that a checkpoint's `config.json` states, if transformers computes it."""
     if contents.get("model_type") == "deepseek_ocr_full":
         return contents
     text_config = contents.get("text_config")

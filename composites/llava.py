@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from deepseek_ocr_vision.composites.small import (
-    IMAGE_TOKEN,
-    PADDING_SIDE,
-    byte_tokenizer,
-    small_encoder_config,
-    small_text_config,
-)
-from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig, preset_of
+from deepseek_ocr_vision.composites.prompts import IMAGE_TOKEN
+from deepseek_ocr_vision.composites.small import PADDING_SIDE, byte_tokenizer, small_encoder_config, small_text_config
+from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
+from deepseek_ocr_vision.weights import default_image_processor
 
 
 if TYPE_CHECKING:
@@ -187,7 +183,7 @@ def build_image_processor(
             return DeepSeekOCRVisionImageProcessor.from_pretrained(encoder, size=size)
         except OSError:
             logger.warning("%s holds no image processor; using the preset of its feature mode.", encoder)
-    return DeepSeekOCRVisionImageProcessor(preset_of(config.feature_mode), size=size)
+    return default_image_processor(config, size=size)
 
 
 def encoder_config(encoder: str | None, *, page_size: int | None) -> DeepSeekOCRVisionConfig:
@@ -214,7 +210,9 @@ def build_model(
         processor: What `build_processor` made from the same checkpoints; it decides page size and vocabulary.
     """
     size = processor.image_processor.size
-    language_config = text_config(language_model, processor.tokenizer)
+    language_config = (
+        AutoConfig.from_pretrained(language_model) if language_model else small_text_config(processor.tokenizer)
+    )
     config = transformers.LlavaConfig(
         vision_config=encoder_config(encoder, page_size=size["height"]),
         text_config=language_config,
@@ -228,11 +226,6 @@ def build_model(
         model = transformers.LlavaForConditionalGeneration(config)
         return model.to(dtype)  # type: ignore[arg-type]  # transformers wraps it as a plain function
     return join_checkpoints(config, processor, encoder=encoder, language_model=language_model, dtype=dtype)
-
-
-def text_config(language_model: str | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The configuration of the language model to start from, or of a small new one."""
-    return AutoConfig.from_pretrained(language_model) if language_model else small_text_config(tokenizer)
 
 
 def join_checkpoints(
@@ -266,11 +259,7 @@ def join_checkpoints(
 
 
 def load_language_model(checkpoint: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A pretrained language model.
-
-    Raises:
-        ValueError: LLaVA cannot hold it: it only ties embeddings that go by the name that Llama gives them.
-    """
+    """A pretrained language model that LLaVA can hold: it only ties embeddings that have the name of Llama's."""
     causal = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     if causal.config.tie_word_embeddings and not hasattr(causal.base_model, "embed_tokens"):
         raise ValueError(
@@ -278,6 +267,3 @@ def load_language_model(checkpoint: str, *, dtype: torch.dtype) -> PreTrainedMod
             "embeddings; LLaVA ties these only where they are called `embed_tokens`, as in Llama and Qwen."
         )
     return causal
-
-
-__all__ = ["IMAGE_TOKEN", "build_llava", "build_model", "build_processor", "save_llava"]

@@ -7,14 +7,11 @@ import torch
 from transformers import LogitsProcessorList
 
 from deepseek_ocr_vision.composites.deepseek_ocr import DeepSeekOCRForConditionalGeneration, NoRepeatNGram
-from deepseek_ocr_vision.composites.deepseek_ocr_processor import PROMPTS, DeepSeekOCRProcessor
-from deepseek_ocr_vision.composites.deepseek_ocr_weights import IMAGE_TOKEN
+from deepseek_ocr_vision.composites.deepseek_ocr_processor import DeepSeekOCRProcessor
+from deepseek_ocr_vision.composites.prompts import prompt_of
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import ModeName
 from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import input_device
-
-
-NGRAM_SIZE = 20
-"""Tokens that are not written twice, as in the released `infer`."""
+from deepseek_ocr_vision.modeling.device import default_device
 
 
 def load_reader(
@@ -40,20 +37,7 @@ def load_reader(
     """
     processor = DeepSeekOCRProcessor.from_deepseek_ocr(source, mode=mode, **hub_options)
     model = DeepSeekOCRForConditionalGeneration.from_deepseek_ocr(source, dtype=dtype, **hub_options)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device or accelerator), processor  # type: ignore[arg-type]  # wrapped as a plain function
-
-
-def prompt_of(prompt: str) -> str:
-    """A prompt of `PROMPTS` by its name, or one in full, its ends without spaces, as in the released `infer`.
-
-    Raises:
-        ValueError: It does not hold `<image>` once.
-    """
-    full = PROMPTS.get(prompt, prompt).strip()
-    if full.count(IMAGE_TOKEN) != 1:
-        raise ValueError(f"`prompt` is {prompt!r}; it has to hold {IMAGE_TOKEN} once, or be one of {list(PROMPTS)}.")
-    return full
+    return model.to(device or default_device()), processor  # type: ignore[arg-type]  # wrapped as a plain function
 
 
 @torch.no_grad()
@@ -64,7 +48,7 @@ def read_page(
     *,
     prompt: str = "markdown",
     max_new_tokens: int | None = None,
-    ngram_size: int = NGRAM_SIZE,
+    ngram_size: int = 20,
     window_size: int | None = None,
     streamer: Any = None,
 ) -> str:
@@ -76,7 +60,7 @@ def read_page(
         page: The page, in any form that the image processor takes.
         prompt: A name in `PROMPTS`, or a text with `<image>`.
         max_new_tokens: Tokens at the most. By default as many as the model has positions for.
-        ngram_size: Length in tokens of what is not written twice; 0 for no such rule.
+        ngram_size: Length in tokens of what is not written twice, as in the released `infer`; 0 for no such rule.
         window_size: How many tokens back that counts; all if `None`.
         streamer: What is given the tokens as they come, such as transformers' `TextStreamer`.
 
@@ -97,6 +81,3 @@ def read_page(
         options["logits_processor"] = LogitsProcessorList([NoRepeatNGram(ngram_size, window_size)])
     output = model.generate(**inputs, **options, streamer=streamer)
     return processor.decode(output[0, length:], skip_special_tokens=True).strip()
-
-
-__all__ = ["NGRAM_SIZE", "load_reader", "prompt_of", "read_page"]

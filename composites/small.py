@@ -1,21 +1,21 @@
 """Parts of a composite that need no checkpoint: small and new, so that something shows in minutes on a laptop."""
 
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from deepseek_ocr_vision.composites.prompts import IMAGE_TOKEN
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 
 
-IMAGE_TOKEN = "<image>"
 PADDING_SIDE = "left"  # `generate` continues on the right; training code chooses a side itself
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token for each of the 256 bytes, so that it spells any text without a vocabulary."""
-    specials = ["<pad>", "<eos>", IMAGE_TOKEN]
-    vocabulary = {
-        token: index for index, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])
-    }
+    tokens = ["<pad>", "<eos>", IMAGE_TOKEN, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,27 +35,12 @@ def small_encoder_config(page_size: int = 128) -> DeepSeekOCRVisionConfig:
         page_size: Side of a page in pixels, a multiple of 64.
     """
     # 0.05 and not the usual 0.02: so small a model learns sooner from larger weights.
-    sam_config = {
-        "hidden_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "mlp_dim": 384,
-        "window_size": 4,
-        "global_attn_indexes": [2],
-        "output_channels": 64,
-        "downsample_channels": [96, 128],
-        "image_size": page_size,
-        "initializer_range": 0.05,
-    }
-    clip_config = {
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "grid_size": page_size // 64,
-        "initializer_range": 0.05,
-    }
-    return DeepSeekOCRVisionConfig(sam_config, clip_config)
+    shared: dict[str, Any] = {"initializer_range": 0.05}
+    sam = shared | {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "mlp_dim": 384}
+    sam |= {"window_size": 4, "global_attn_indexes": [2], "image_size": page_size}
+    sam |= {"output_channels": 64, "downsample_channels": [96, 128]}
+    clip = shared | {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+    return DeepSeekOCRVisionConfig(sam, clip | {"grid_size": page_size // 64})
 
 
 def small_text_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:

@@ -22,13 +22,8 @@ def require_common_fields(fields: dict[str, Any]) -> None:
             raise ValueError(f"`{name}` is {value!r}, which transformers does not take ({error}).") from error
 
 
-def read_config_dict(read: Callable, source: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
-    """Read a configuration by `read`, which is transformers' `get_config_dict`, and refuse what is no encoder's.
-
-    Raises:
-        ValueError: The file holds a list or a text, or the configuration of a whole model. Of a model around this
-            encoder transformers takes the encoder's part.
-    """
+def read_object(read: Callable, source: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
+    """Read a configuration by `read`, which is transformers' `get_config_dict`, and refuse a list or a text."""
     found: Any
     try:
         found, kwargs = read(source, **kwargs)
@@ -36,6 +31,15 @@ def read_config_dict(read: Callable, source: str | os.PathLike, **kwargs: Any) -
         found = error
     if not isinstance(found, dict):
         raise ValueError(f"config.json of {source} has to hold an object, but holds {found!r:.100}.")
+    return found, kwargs
+
+
+def read_config_dict(read: Callable, source: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
+    """Read a configuration as `read_object` does, and refuse a whole model's.
+
+    Of a model around this encoder transformers takes the encoder's part.
+    """
+    found, kwargs = read_object(read, source, **kwargs)
     part = found.get(DeepSeekOCRVisionConfig.base_config_key)
     if not isinstance(part, dict) or part.get("model_type") != DeepSeekOCRVisionConfig.model_type:
         refuse_whole_model(source, found)

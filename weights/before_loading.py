@@ -23,13 +23,13 @@ from transformers.utils import (
 from deepseek_ocr_vision.configuration.at_home import refuse_whole_model
 from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import check_loading_info
 
-from .checkpoints import LocalCheckpoint, open_weights, read_index, require_name
+from .checkpoints import open_weights, read_index, require_name
 from .names import raise_foreign
+from .repository import HUB_OPTIONS
 from .safetensors_files import DTYPES, TensorEntry, require_float
 from .sizes import check_layers, expected_shapes, read_config_of
 
 
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PREFIX = "model."
 
 
@@ -43,15 +43,8 @@ def check_before_loading(
 ) -> dict[str, Any]:
     """Check headers, shapes, dtypes and sizes of what `from_pretrained` is about to load; no weight is read.
 
-    Args:
-        model_class: The class of the model.
-        source: Folder, file or Hub id.
-        strict: Whether weights that are missing, unknown or of another shape are an error.
-        allow_mismatched: Whether those of another shape are not.
-        options: The other arguments of `from_pretrained`.
-
     Returns:
-        The arguments for transformers. For a Hub id they name the commit whose files have been checked.
+        The options for transformers. For a Hub id they name the commit whose files have been checked.
 
     Raises:
         OSError: A file is missing, or cannot be fetched.
@@ -70,13 +63,28 @@ def check_before_loading(
     if path is None:
         return options
     checkpoint = open_weights(path, {})
-    if getattr(config, "quantization_config", None) is None:
-        _check_tensors(model_class, config, checkpoint, strict=strict, allow_mismatched=allow_mismatched)
-    else:
-        _check_quantised(model_class, config, checkpoint)
+    found = _without_prefix(checkpoint.tensors)
+    check_layers(config, found)
+    expected = expected_shapes(model_class, config)
+    if getattr(config, "quantization_config", None) is not None:
+        # Of what is quantised, the quantiser alone knows names, dtypes and shapes.
+        plain = {key: entry for key, entry in found.items() if entry.dtype in DTYPES}
+        info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": _mismatched(plain, expected)}
+        check_loading_info(info, allow_mismatched=False)
+        expected = {}
+    elif strict:
+        _check_tensors(model_class, found, expected, allow_mismatched=allow_mismatched)
+    for key in expected:
+        if key in found:
+            require_float(checkpoint.folder / found[key].file, key, found[key])
     if os.path.exists(source):
         return options
     return options | {"revision": _commit_of(path, options), "force_download": False}
+
+
+def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    names = (*HUB_OPTIONS, "proxies", "subfolder")
+    return {name: options[name] for name in names if options.get(name) is not None}
 
 
 def _refuse_adapter(source: str | os.PathLike, options: dict[str, Any]) -> None:
@@ -87,8 +95,7 @@ def _refuse_adapter(source: str | os.PathLike, options: dict[str, Any]) -> None:
     is_model = os.path.isfile(source) or os.path.isfile(os.path.join(source, CONFIG_NAME))
     if is_model or not is_peft_available() or "_adapter_model_path" in (options.get("adapter_kwargs") or {}):
         return
-    hub_options = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
-    if find_adapter_config_file(os.fspath(source), **hub_options) is not None:
+    if find_adapter_config_file(os.fspath(source), **_hub_options(options)) is not None:
         raise ValueError(
             f"{source} holds an adapter. `AutoModel.from_pretrained` loads it with the encoder that it names, and "
             "`peft.PeftModel.from_pretrained(encoder, ...)` puts it on one that you have loaded."
@@ -102,8 +109,7 @@ def _config(model_class: type[PreTrainedModel], source: str | os.PathLike, optio
         return config
     fields = {name: value for name, value in options.items() if name != "config"}
     place = source if config is None else config
-    hub_options = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
-    refuse_whole_model(place, read_config_of(place, **hub_options))
+    refuse_whole_model(place, read_config_of(place, **_hub_options(options)))
     config_class: Any = model_class.config_class
     return config_class.from_pretrained(place, return_unused_kwargs=True, **fields)[0]
 
@@ -112,15 +118,13 @@ def _weights_file(source: str | os.PathLike, config: PreTrainedConfig, options: 
     """The safetensors file or the index that transformers will choose, fetched if it is on the Hub.
 
     `None` if a folder on this machine has neither: transformers says so.
-
-    Raises:
-        OSError: A repository on the Hub has neither, or cannot be reached.
     """
     if os.path.isfile(source):
         return Path(source)
     named = getattr(config, "transformers_weights", None)
     variant = options.get("variant")
-    names = [_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    infix = "" if variant is None else f".{variant}"
+    names = [f"{infix}.".join(name.rsplit(".", 1)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
     if named is not None:
         names = [require_name(named, f"The configuration of {source}")]
     if os.path.isdir(source):
@@ -129,14 +133,9 @@ def _weights_file(source: str | os.PathLike, config: PreTrainedConfig, options: 
     return _fetch(os.fspath(source), names, options)
 
 
-def _with_variant(name: str, variant: str | None) -> str:
-    stem, suffix = name.rsplit(".", 1)
-    return name if variant is None else f"{stem}.{variant}.{suffix}"
-
-
 def _fetch(repo_id: str, names: list[str], options: dict[str, Any]) -> Path:
     """The first of several files that a repository has, in the Hub's cache, and with an index the files it names."""
-    hub_options = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+    hub_options = _hub_options(options)
     errors = []
     for name in names:
         try:
@@ -161,43 +160,26 @@ def _commit_of(path: Path, options: dict[str, Any]) -> str | None:
 
 def _check_tensors(
     model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    checkpoint: LocalCheckpoint,
+    found: Mapping[str, TensorEntry],
+    expected: Mapping[str, tuple[int, ...]],
     *,
-    strict: bool,
     allow_mismatched: bool,
 ) -> None:
-    """Compare a checkpoint's headers with the tensors of a model of this configuration."""
-    found = _without_prefix(checkpoint.tensors)
-    check_layers(config, found)
-    expected = expected_shapes(model_class, config)
-    if strict:
-        ignored = [re.compile(pattern) for pattern in model_class._keys_to_ignore_on_load_unexpected or ()]
-        unexpected = [key for key in found if key not in expected and not any(rule.search(key) for rule in ignored)]
-        missing = [key for key in expected if key not in found]
-        shapes = [(key, found[key].shape, shape) for key, shape in expected.items() if key in found]
-        mismatched = [entry for entry in shapes if tuple(entry[1]) != tuple(entry[2])]
-        if len(missing) + len(mismatched) == len(expected):
-            raise_foreign(unexpected)
-        info = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
-        check_loading_info(info, allow_mismatched=allow_mismatched)
-    for key in expected:
-        if key in found:
-            require_float(checkpoint.folder / found[key].file, key, found[key])
+    """Compare a checkpoint's headers with the tensors of a model."""
+    ignored = [re.compile(pattern) for pattern in model_class._keys_to_ignore_on_load_unexpected or ()]
+    unexpected = [key for key in found if key not in expected and not any(rule.search(key) for rule in ignored)]
+    missing = [key for key in expected if key not in found]
+    mismatched = _mismatched(found, expected)
+    if len(missing) + len(mismatched) == len(expected):
+        raise_foreign(unexpected)
+    info = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
+    check_loading_info(info, allow_mismatched=allow_mismatched)
 
 
-def _check_quantised(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, checkpoint: LocalCheckpoint
-) -> None:
-    """Compare what is not quantised: names, dtypes and shapes of the rest are known to the quantiser alone."""
-    found = _without_prefix(checkpoint.tensors)
-    check_layers(config, found)
-    expected = expected_shapes(model_class, config)
-    plain = [key for key in expected if key in found and found[key].dtype in DTYPES]
-    mismatched = [(key, found[key].shape, expected[key]) for key in plain if found[key].shape != expected[key]]
-    check_loading_info(
-        {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": mismatched}, allow_mismatched=False
-    )
+def _mismatched(found: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]) -> list[tuple]:
+    """Key, shape found and shape expected of those that differ."""
+    shapes = [(key, found[key].shape, shape) for key, shape in expected.items() if key in found]
+    return [entry for entry in shapes if entry[1] != entry[2]]
 
 
 def _without_prefix(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -209,6 +191,3 @@ def _without_prefix(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry
             raise ValueError(f"The checkpoint has {key} twice: as {key} and as {_PREFIX}{key}.")
         found[key] = entry
     return found
-
-
-__all__ = ["check_before_loading"]

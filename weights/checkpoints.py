@@ -26,19 +26,12 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class LocalCheckpoint:
-    """A checkpoint on this machine.
+    """A checkpoint on this machine."""
 
-    Attributes:
-        folder: Where its files are.
-        files: Names of its safetensors files.
-        tensors: Name to place of every tensor in them.
-        config: What its `config.json` says, empty if there is none.
-    """
-
-    folder: Path
-    files: tuple[str, ...]
-    tensors: dict[str, TensorEntry]
-    config: dict[str, Any]
+    folder: Path  # where its files are
+    files: tuple[str, ...]  # names of its safetensors files
+    tensors: dict[str, TensorEntry]  # the places of all tensors in them, by name
+    config: dict[str, Any]  # what its `config.json` says, empty if there is none
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -50,16 +43,10 @@ class LocalCheckpoint:
         return self
 
     def read(self, sources: Mapping[str, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read tensors in the order of their bytes, each checked to be finite.
+        """Read tensors in the order of their bytes and in their dtype; each has to be of numbers that are finite.
 
         Args:
             sources: Key to the names of the tensors it is made of: one, or several that are put together by rows.
-
-        Yields:
-            Key and tensor, in the checkpoint's dtype.
-
-        Raises:
-            ValueError: A tensor has a dtype that weights do not have, or is not finite.
         """
         places = {key: self.tensors[names[0]] for key, names in sources.items()}
         for file in self.files:
@@ -90,24 +77,19 @@ def open_local(source: str | os.PathLike) -> LocalCheckpoint:
     if not path.is_dir():
         return open_weights(path, read_config(path.parent / CONFIG))
     config = read_config(path / CONFIG)
-    name = _weights_name(path, config)
-    if name is not None:
-        return open_weights(path / name, config)
+    # A configuration names its weights while a save into the folder is not finished.
+    named = config.get("transformers_weights")
+    if named is not None:
+        return open_weights(path / require_name(named, path / CONFIG), config)
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        if (path / name).is_file():
+            return open_weights(path / name, config)
     files = _files_without_index(path)
     return LocalCheckpoint(path, files, _tensors(path, files), config)
 
 
 def open_weights(path: Path, config: dict[str, Any]) -> LocalCheckpoint:
-    """Open a safetensors file, or the files that an index names.
-
-    Args:
-        path: The file or the index.
-        config: What the checkpoint's configuration says.
-
-    Raises:
-        OSError: A file that the index names is missing.
-        ValueError: A file or the index is corrupt, or the index names a file elsewhere.
-    """
+    """Open a safetensors file, or the files that an index names, which have to lie beside it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     # The index of a pending save names files by their way from the checkpoint's folder.
@@ -120,23 +102,8 @@ def open_weights(path: Path, config: dict[str, Any]) -> LocalCheckpoint:
     return LocalCheckpoint(folder, files, _tensors(folder, files, index=index, index_name=path.name), config)
 
 
-def _weights_name(folder: Path, config: dict[str, Any]) -> str | None:
-    """The file of weights, or the index, that transformers loads; `None` if there is neither.
-
-    The configuration names one while a save into the folder is not finished.
-    """
-    named = config.get("transformers_weights")
-    if named is not None:
-        return require_name(named, folder / CONFIG)
-    return next((name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if (folder / name).is_file()), None)
-
-
 def require_name(named: Any, config: str | os.PathLike) -> str:
-    """The file of weights that a configuration names, if it lies beside it.
-
-    Raises:
-        ValueError: It is another thing, or lies elsewhere.
-    """
+    """The file of weights that a configuration names, if it lies beside it, and else a `ValueError`."""
     if not _is_name(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
         raise ValueError(
             f"{config} names {named!r} as `transformers_weights`, which is no safetensors file beside it; refused."
@@ -180,14 +147,10 @@ def _tensors(
 
 
 def compare_checksums(source: str | os.PathLike, *, required: bool = False) -> list[str]:
-    """Compare a folder, or one file in it, with its `SHA256SUMS`.
-
-    Args:
-        source: A folder or a file on this machine.
-        required: Whether it is an error that there are no sums.
+    """Compare a folder, or one file in it, with its `SHA256SUMS`, which need not be there unless they are required.
 
     Returns:
-        The names of the files that were compared; none without sums.
+        The names of the files that were compared.
 
     Raises:
         FileNotFoundError: There are no sums though they are required, or a file that they name is missing.
@@ -208,11 +171,7 @@ def compare_checksums(source: str | os.PathLike, *, required: bool = False) -> l
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Which tensor is in which file, by a checkpoint's index.
-
-    Raises:
-        ValueError: The file is corrupt, or names a file that is not a safetensors file beside it.
-    """
+    """Which tensor is in which file, by a checkpoint's index. Each has to be a safetensors file beside it."""
     contents = _read_object(path)
     weight_map = contents.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -231,11 +190,7 @@ def _is_name(file: Any) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A checkpoint's configuration, empty if there is none.
-
-    Raises:
-        ValueError: The file is corrupt.
-    """
+    """A checkpoint's configuration, empty if there is none."""
     return _read_object(path) if path.is_file() else {}
 
 

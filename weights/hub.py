@@ -42,21 +42,17 @@ class RangesNotServedError(RefusedError):
 
 @dataclass(frozen=True)
 class Repository:
-    """A commit of a repository on the Hub, and how to get at its files.
+    """A commit of a repository on the Hub, and how to get at its files."""
 
-    Attributes:
-        repo_id: Owner and name.
-        commit: The commit that everything is read of.
-        token: As huggingface_hub takes it.
-        cache_dir: As huggingface_hub takes it.
-        folder: The commit's folder in the cache.
-    """
-
-    repo_id: str
-    commit: str
+    repo_id: str  # owner and name
+    folder: Path  # the commit's in the cache, named after it
     token: str | bool | None
     cache_dir: str | Path | None
-    folder: Path
+
+    @property
+    def commit(self) -> str:
+        """The commit that everything is read of."""
+        return self.folder.name
 
     @property
     def vision_file(self) -> Path:
@@ -140,7 +136,7 @@ class RemoteFile:
             raise RefusedError(f"{place} changed while it was read: etag {self.etag} before, now {', '.join(etags)}.")
 
 
-class WholeFile:
+class WholeFile(RemoteFile):
     """A file that had to be fetched whole, and is read from the cache."""
 
     def __init__(self, file: RemoteFile):
@@ -148,16 +144,12 @@ class WholeFile:
             f"{file.repository.repo_id}: the server does not give parts of files; fetching all of {file.name}, "
             f"{file.size / 1e9:.2f} GB."
         )
-        self.name, self.etag = file.name, file.etag
+        self.repository, self.name, self.url, self.etag = file.repository, file.name, file.url, file.etag
         self.path = file.repository.download(file.name)
         self.size = self.path.stat().st_size
 
-    def read(self, start: int, stop: int) -> bytes:
-        """The bytes from a position to another."""
-        return b"".join(self.stream(start, stop))
-
     def stream(self, start: int, stop: int) -> Iterator[bytes]:
-        """The same piece by piece."""
+        """The bytes from a position to another, piece by piece."""
         with self.path.open("rb") as file:
             file.seek(start)
             while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
@@ -167,21 +159,13 @@ class WholeFile:
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """A checkpoint on the Hub of which only headers have been read.
-
-    Attributes:
-        repository: Where it is.
-        files: Name to file, of those that hold vision tensors.
-        tensors: Name to place of the tensors in them.
-        others: Names of all other tensors, from the index.
-        config: What its `config.json` says.
-    """
+    """A checkpoint on the Hub of which only headers have been read."""
 
     repository: Repository
-    files: dict[str, RemoteFile | WholeFile]
-    tensors: dict[str, TensorEntry]
-    others: tuple[str, ...]
-    config: dict[str, Any]
+    files: dict[str, RemoteFile]  # those that hold vision tensors, by name
+    tensors: dict[str, TensorEntry]  # the places of the tensors in them, by name
+    others: tuple[str, ...]  # names of all other tensors, from the index
+    config: dict[str, Any]  # what its `config.json` says
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -200,7 +184,11 @@ class RemoteCheckpoint:
             if not target.is_file():
                 partial = target.with_suffix(".incomplete")
                 self._fetch(partial)
-                _require_sound(partial)
+                try:
+                    read_local_header(partial)
+                except ValueError:  # not as planned, such as after a crash of the machine
+                    partial.unlink()
+                    raise
                 os.replace(partial, target)
         return replace(open_local(target), config=self.config)
 
@@ -227,19 +215,6 @@ class RemoteCheckpoint:
                 for chunk in self.files[file].stream(start + skipped, stop):
                     output.write(chunk)
                     bar.update(len(chunk))
-
-
-def _require_sound(partial: Path) -> None:
-    """Refuse a file that has not come out as planned, such as after a crash of the machine, and make room for another.
-
-    Raises:
-        ValueError: It is not sound.
-    """
-    try:
-        read_local_header(partial)
-    except ValueError:
-        partial.unlink()
-        raise
 
 
 def _header(entries: dict[str, TensorEntry], **metadata: str) -> bytes:
@@ -286,7 +261,7 @@ def open_remote(
     options["local_files_only"] = local_files_only
     with explained(repo_id):
         config = Path(hf_hub_download(repo_id, CONFIG, force_download=force_download, **options))
-        repository = Repository(repo_id, config.parent.name, token, cache_dir, config.parent)
+        repository = Repository(repo_id, config.parent, token, cache_dir)
         if force_download:
             repository.vision_file.unlink(missing_ok=True)
         if repository.vision_file.is_file():
@@ -301,20 +276,19 @@ def open_remote(
 
 def _open_headers(repository: Repository, config: dict[str, Any]) -> RemoteCheckpoint:
     try:
-        remote = {SAFE_WEIGHTS_NAME: RemoteFile(repository, SAFE_WEIGHTS_NAME)}
+        files = {SAFE_WEIGHTS_NAME: RemoteFile(repository, SAFE_WEIGHTS_NAME)}
         index: dict[str, str] = {}
     except EntryNotFoundError:
         index = read_index(repository.download(SAFE_WEIGHTS_INDEX_NAME))
         # Without a vision tensor in the index every file is opened, to say what the checkpoint looks like.
         needed = {file for name, file in index.items() if is_vision(name)} or set(index.values())
-        remote = {file: RemoteFile(repository, file) for file in sorted(needed)}
-    files: dict[str, RemoteFile | WholeFile] = dict(remote)
+        files = {file: RemoteFile(repository, file) for file in sorted(needed)}
     tensors: dict[str, TensorEntry] = {}
     for name in files:
         try:
             header = read_header(f"{repository.repo_id}/{name}", files[name].size, files[name].read)
         except RangesNotServedError:
-            files[name] = WholeFile(remote[name])
+            files[name] = WholeFile(files[name])
             header = read_header(f"{repository.repo_id}/{name}", files[name].size, files[name].read)
         for tensor, entry in header.items():
             if tensor in tensors or index.get(tensor, name) != name:
@@ -325,6 +299,3 @@ def _open_headers(repository: Repository, config: dict[str, Any]) -> RemoteCheck
         raise ValueError(f"{repository.repo_id}: {index[missing[0]]} lacks {missing[0]}, which the index says it has.")
     others = tuple(name for name in index if name not in tensors)
     return RemoteCheckpoint(repository, files, tensors, others, config)
-
-
-__all__ = ["RemoteCheckpoint", "open_remote"]

@@ -1,43 +1,26 @@
 """Weights in: a model around the weights of a live encoder of the package `deepseek-ocr-encoder`."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .names import match_tensors, our_name
-from .sizes import config_of_shapes, expected_shapes
+from .sizes import Model, config_of_shapes, expected_shapes
 
-
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 CARRIED = ("sam", "clip_pre", "clip_tr", "clip_pos_table")
 """What every version of that package's encoder carries: both stages, and in place of CLIP's embeddings a table."""
 
 
 def load_live_encoder(model_class: type[Model], encoder: Any, *, copy: bool) -> Model:
-    """Make a trainable model of a live `deepseek_ocr_encoder.DeepSeekOCREncoder`: the same tokens, and gradients.
-
-    It is what `DeepSeekOCRVisionModel.from_encoder(encoder, copy=False)` does.
-
-    Args:
-        model_class: The class of the model.
-        encoder: The encoder, of any version of that package.
-        copy: Whether the model gets weights of its own. By default it shares the encoder's, so that training it
-            trains both.
-
-    Returns:
-        The model in `"residual"` mode, on the encoder's device and in its dtype.
-
-    Raises:
-        TypeError: `encoder` is something else.
-        ValueError: Its tensors do not fit, are not finite, or can only be trained as a copy.
-    """
+    """What `DeepSeekOCRVisionModel.from_encoder` says, of a class."""
     tensors = tensors_of(encoder)
     _require_usable(tensors, copy=copy)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    config = config_of_shapes(_our_shapes(shapes), num_clip_heads=_num_heads(encoder.clip_tr))
+    # Of a projection that is split any third will do, as only others tell a size.
+    ours = {our_name(name).key: shape for name, shape in shapes.items()}
+    config = config_of_shapes(ours, num_clip_heads=_num_heads(encoder.clip_tr))
     sources = match_tensors(shapes, expected_shapes(model_class, config))
     with torch.device("meta"):
         model = model_class(config)
@@ -47,11 +30,7 @@ def load_live_encoder(model_class: type[Model], encoder: Any, *, copy: bool) -> 
 
 
 def tensors_of(encoder: Any) -> dict[str, torch.Tensor]:
-    """The encoder's tensors under a checkpoint's names, its own objects and no copies.
-
-    Raises:
-        TypeError: `encoder` does not carry what such an encoder does.
-    """
+    """The encoder's tensors under a checkpoint's names, its own objects and no copies."""
     lacking = [name for name in CARRIED if not hasattr(encoder, name)]
     if lacking:
         raise TypeError(
@@ -69,11 +48,6 @@ def _below(prefix: str, module: nn.Module, *, beginning_with: str) -> dict[str, 
     parameters = dict(module.named_parameters())
     wrapping = next((name[: name.index(beginning_with)] for name in parameters if beginning_with in name), "")
     return {prefix + name.removeprefix(wrapping): parameter for name, parameter in parameters.items()}
-
-
-def _our_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes under our names; of a projection that is split any third will do, as only others tell a size."""
-    return {our_name(name).key: shape for name, shape in shapes.items()}
 
 
 def _num_heads(transformer: nn.Module) -> int | None:

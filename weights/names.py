@@ -8,8 +8,7 @@ each name is brought to ours part by part, whatever file it comes from.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import problems_with
 
@@ -48,7 +47,7 @@ _UNUSED = re.compile(r"^vision_model\.embeddings\.(patch_embedding\.|position_id
 # Of the language model around the encoder.
 _LANGUAGE_MODEL = re.compile(r"^lm_head\.|^(model\.)?(embed_tokens|layers|norm|language_model)\.")
 _VISION = re.compile(r"^(sam_model|vision_model|projector)\.|^(image_newline|view_seperator)$")
-# What a mode may do without: each is a part that another mode has.
+# What a feature mode may do without: each is a part that another one has.
 _OF_OTHER_MODES = re.compile(
     r"^projector\.|^vision_model\.embeddings\.class_embedding$|^(image_newline|view_seperator)$"
 )
@@ -64,17 +63,11 @@ _LOOKALIKES = {
 }
 
 
-@dataclass(frozen=True)
-class Name:
-    """What a checkpoint's tensor is to us.
+class Name(NamedTuple):
+    """What a checkpoint's tensor is to us."""
 
-    Attributes:
-        key: Our name of it, or of the fused projection that it is a third of.
-        part: 0, 1 or 2 for query, key or value of a projection that is split in the checkpoint, else `None`.
-    """
-
-    key: str
-    part: int | None = None
+    key: str  # our name of it, or of the fused projection that it is a third of
+    part: int | None = None  # 0, 1 or 2 for query, key or value of a projection that is split in the checkpoint
 
 
 def our_name(name: str) -> Name:
@@ -95,15 +88,9 @@ def is_vision(name: str) -> bool:
 def match_tensors(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], *, whole: bool = False
 ) -> dict[str, list[str]]:
-    """Find for each tensor of a model the one or three of a checkpoint that it is made of.
+    """Find for each tensor of a model the names of a checkpoint's that it is made of: one, or query, key and value.
 
-    Args:
-        found: The checkpoint's names and shapes, all of them.
-        expected: The model's.
-        whole: Whether the model is a whole one, so that the checkpoint may hold nothing beyond it.
-
-    Returns:
-        The model's names, each with the checkpoint's: one, or query, key and value.
+    Into a `whole` model a checkpoint has to go with all that it holds.
 
     Raises:
         ValueError: A tensor is missing, there twice or of another shape, or one is neither the model's nor known to
@@ -129,11 +116,7 @@ def match_tensors(
 
 
 def raise_foreign(keys: Iterable[str]) -> NoReturn:
-    """Refuse a checkpoint of something else.
-
-    Raises:
-        ValueError: It says what the keys look like.
-    """
+    """Refuse a checkpoint of something else, and say what its keys look like."""
     keys = sorted(keys)
     what = f"it holds none of the model's tensors, but {', '.join(keys[:3])}"
     if not keys:

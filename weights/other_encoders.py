@@ -7,11 +7,9 @@ CLIP-L, with new convolutions between them. GOT-OCR2 (arXiv 2409.01704) has a tr
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FeatureMode
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
@@ -20,7 +18,7 @@ from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import problems_wi
 
 from .checkpoints import open_local
 from .names import our_name
-from .repository import explained, repository_named
+from .repository import local_checkpoint
 from .safetensors_files import is_finite
 from .sizes import config_of_shapes
 
@@ -92,18 +90,13 @@ def from_got_ocr2(
 ) -> DeepSeekOCRVisionModel:
     """Make an encoder of GOT-OCR2's, as stage one with its two convolutions, and of CLIP's image encoder.
 
-    As `from_sam_and_clip`, but that the compressor is taken as well, and has to be there.
+    As `from_sam_and_clip`, of the same arguments and errors, but that the compressor has to be there as well.
 
     Args:
-        got_ocr2: A GOT-OCR2, in the forms that `from_sam_and_clip` takes; in its own layout or that of transformers.
+        got_ocr2: A GOT-OCR2, in its own layout or that of transformers.
         clip: As there.
         feature_mode: As there.
         dtype: As there.
-
-    Raises:
-        TypeError: As there.
-        ValueError: As there, or the convolutions are missing.
-        OSError: As there.
     """
     tensors, _ = _tensors(got_ocr2, "got_ocr2", _SAM_NAMES, "sam_model.")
     missing = [name for name in COMPRESSOR if name not in tensors]
@@ -172,8 +165,7 @@ def _tensors(
     """One stage's tensors under our names, and what its configuration says of the vision part."""
     if isinstance(source, Mapping):
         return _fused(dict(source), _names(source, renames, prefix)), {}
-    repo_id = repository_named(source, argument=argument)
-    path = Path(source) if repo_id is None else _fetched(repo_id)
+    path = local_checkpoint(source, argument, patterns=("config.json", "*.safetensors*"))
     if path.suffix in (".pth", ".pt"):
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return _fused(tensors, _names(tensors, renames, prefix)), {}
@@ -181,11 +173,6 @@ def _tensors(
     names = _names(checkpoint.tensors, renames, prefix)
     tensors = dict(checkpoint.read({name: [name] for name in names}))
     return _fused(tensors, names), checkpoint.config.get("vision_config", checkpoint.config)
-
-
-def _fetched(repo_id: str) -> Path:
-    with explained(repo_id):
-        return Path(snapshot_download(repo_id, allow_patterns=["config.json", "*.safetensors*"]))
 
 
 def _names(found: Iterable[str], renames: tuple[tuple[str, str], ...], prefix: str) -> dict[str, str]:
@@ -207,6 +194,3 @@ def _fused(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dic
         ours = our_name(renamed)
         parts.setdefault(ours.key, {})[ours.part or 0] = tensors[name]
     return {key: torch.cat([of_key[part] for part in sorted(of_key)]) for key, of_key in parts.items()}
-
-
-__all__ = ["from_got_ocr2", "from_sam_and_clip"]

@@ -1,24 +1,19 @@
 """Weights in: a model from a released checkpoint, on the Hub or on this machine."""
 
 import os
-from typing import Any, TypeVar
+from functools import reduce
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
 
 from .checkpoints import LocalCheckpoint, compare_checksums, open_local
 from .hub import open_remote
 from .names import match_tensors, our_name
-from .repository import repository_named
+from .repository import HUB_OPTIONS, repository_named
 from .safetensors_files import DTYPES
-from .sizes import check_layers, config_of_checkpoint, expected_shapes
-
-
-Model = TypeVar("Model", bound=PreTrainedModel)
-
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+from .sizes import Model, check_layers, config_of_checkpoint, expected_shapes
 
 
 def load_deepseek_ocr(
@@ -31,32 +26,16 @@ def load_deepseek_ocr(
     verify_checksums: bool = False,
     **kwargs: Any,
 ) -> Model:
-    """Load the encoder out of a whole checkpoint: what `DeepSeekOCRVisionModel.from_deepseek_ocr` does.
-
-    Of a repository on the Hub only the vision tensors are fetched, 0.8 of 6.7 GB, and kept in the Hub's cache. An
-    interrupted download goes on where it stopped. Every tensor has to be there, of the right shape and finite.
-
-    Args:
-        model_class: The class of the model.
-        source: A Hub id such as `"deepseek-ai/DeepSeek-OCR"` or `"baidu/Unlimited-OCR"`, a folder with one or many
-            safetensors files, or one such file; in the released layout or that of transformers' Unlimited-OCR.
-        feature_mode: The mode, which decides the tensors that are used.
-        config: The encoder, where the checkpoint is of another size than the released ones and does not say so.
-        dtype: What to convert the weights to. By default they stay as they are stored, bfloat16 if released.
-        verify_checksums: Whether to compare a local checkpoint with its `SHA256SUMS` first.
-        kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as transformers takes them, and
-            what `from_pretrained` takes, such as `attn_implementation` or `device_map`.
-
-    Raises:
-        TypeError: `source` is no path and no Hub id.
-        ValueError: The checkpoint does not fit, is corrupt, holds no safetensors, or is not what its checksums say;
-            the message names the keys, or the file with the sizes expected and found.
-        OSError: It is not there or cannot be fetched; the message names the file, or status and repository.
-    """
-    hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    """What `DeepSeekOCRVisionModel.from_deepseek_ocr` says, of a class and for a feature mode."""
+    hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
     repo_id = repository_named(source, argument="source")
+    if verify_checksums and repo_id is not None:
+        raise ValueError(
+            f"`verify_checksums` is true, but of {repo_id} only the encoder's part is fetched, not the whole files "
+            "that were summed."
+        )
     if verify_checksums:
-        _verify_local(source, repo_id)
+        compare_checksums(source, required=True)
     checkpoint = open_local(source) if repo_id is None else open_remote(repo_id, **hub_options)
     config = config_of_checkpoint(checkpoint.config, feature_mode) if config is None else config
     check_layers(config, [our_name(name).key for name in checkpoint.shapes])
@@ -67,15 +46,6 @@ def load_deepseek_ocr(
     dtype = chosen_dtype(dtype) or widest_dtype(local, sources)
     weights = {key: tensor.to(dtype) for key, tensor in local.read(sources)}
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, strict=True, **kwargs)
-
-
-def _verify_local(source: str | os.PathLike, repo_id: str | None) -> None:
-    if repo_id is not None:
-        raise ValueError(
-            f"`verify_checksums` is true, but of {repo_id} only the encoder's part is fetched, not the whole files "
-            "that were summed."
-        )
-    compare_checksums(source, required=True)
 
 
 def chosen_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -95,9 +65,5 @@ def chosen_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def widest_dtype(checkpoint: LocalCheckpoint, sources: dict[str, list[str]]) -> torch.dtype:
     """One dtype that holds all of the checkpoint's weights exactly."""
-    names = {checkpoint.tensors[name].dtype for names in sources.values() for name in names}
-    dtypes = [DTYPES[name] for name in names if name in DTYPES]
-    widest = dtypes[0] if dtypes else torch.float32
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+    stored = {checkpoint.tensors[name].dtype for names in sources.values() for name in names} & DTYPES.keys()
+    return reduce(torch.promote_types, [DTYPES[name] for name in stored] or [torch.float32])

@@ -3,13 +3,18 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+"""What says, of a repository on the Hub, which state of it and how it is fetched; as huggingface_hub names them."""
 
 TOKEN = re.compile(r"(?<!\w)hf_\w{20,}")
 """What looks like a token of the Hub."""
@@ -28,11 +33,7 @@ _ADVICE = {
 
 
 def check_repository_id(repo_id: Any) -> str:
-    """The id itself, if it is one of a repository, `namespace/name`.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """The id itself, if it is one of a repository, `namespace/name`, and else a `ValueError`."""
     allowed = "it has to be namespace/name, of letters, digits, single '-', '_' and '.'"
     # Older versions of the client pass a line break at the end, and letters that are not ASCII.
     if not isinstance(repo_id, str) or not re.fullmatch(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", repo_id):
@@ -62,18 +63,24 @@ def repository_named(source: Any, *, argument: str) -> str | None:
     return check_repository_id(name)
 
 
+def local_checkpoint(
+    source: str | os.PathLike, argument: str, *, patterns: Iterable[str] | None = None, **hub_options: Any
+) -> Path:
+    """Where a checkpoint is on this machine, fetched if it is on the Hub: all of it, or the files of some patterns."""
+    repo_id = repository_named(source, argument=argument)
+    if repo_id is None:
+        return Path(source)
+    with explained(repo_id):
+        allowed = None if patterns is None else list(patterns)
+        return Path(snapshot_download(repo_id, allow_patterns=allowed, **hub_options))
+
+
 @contextmanager
 def explained(repo_id: str, *, token: str | None = None) -> Iterator[None]:
-    """Say of an error that the Hub answered with its status, its repository, and what to do about it.
+    """Make an `OSError` of an error that the Hub answered with: its status, its repository, what to do, and no token.
 
-    Args:
-        repo_id: The repository, for the message.
-        token: A token that must not be in it.
-
-    Raises:
-        OSError: In place of huggingface_hub's own errors, offline use among them. A failed upload of a large file
-            comes out of the client as a `RuntimeError` around its cause, a download that could not begin as an
-            `EntryNotFoundError`, and an error page in place of an answer as a `JSONDecodeError`.
+    A failed upload of a large file comes out of the client as a `RuntimeError` around its cause, a download that could
+    not begin as an `EntryNotFoundError`, and an error page in place of an answer as a `JSONDecodeError`.
     """
     try:
         yield
@@ -85,17 +92,15 @@ def _explanation(error: BaseException) -> str:
     causes = [error]
     while cause := causes[-1].__cause__:
         causes.append(cause)
-    answer = next(
-        (cause for cause in causes if isinstance(cause, HfHubHTTPError) and cause.response is not None), None
-    )
-    if answer is None:
+    answers = [cause for cause in causes if isinstance(cause, HfHubHTTPError) and cause.response is not None]
+    if not answers:
         broken = next((cause for cause in causes if isinstance(cause, HTTPError)), error)
         return (
             f"the connection to the Hub failed ({type(broken).__name__}: {broken}), and the cache does not hold what "
             f"is needed. {RUN_AGAIN}"
         )
-    response = answer.response
-    said = f" ({answer.server_message})" if answer.server_message else ""
+    response, message = answers[0].response, answers[0].server_message
+    said = f" ({message})" if message else ""
     # Without the query: a storage's URL is signed there.
     where = f"{response.request.method} {response.request.url.path}"
     return f"the Hub answered {response.status_code} to {where}{said}. {_ADVICE.get(response.status_code, RUN_AGAIN)}"
@@ -104,6 +109,3 @@ def _explanation(error: BaseException) -> str:
 def without_token(text: str, token: str | None) -> str:
     """A text with a token, and whatever looks like one, hidden."""
     return TOKEN.sub("hf_...", text.replace(token, "hf_...") if token else text)
-
-
-__all__ = ["RUN_AGAIN", "TOKEN", "check_repository_id", "explained", "repository_named", "without_token"]

@@ -47,21 +47,13 @@ _LOOKALIKES = (
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies.
+    """Where a tensor lies."""
 
-    Attributes:
-        file: Name of the file, for messages and to find it by.
-        dtype: Its dtype as the format names it.
-        shape: Its shape.
-        start: Position of its first byte in the file.
-        stop: Position after its last byte.
-    """
-
-    file: str
-    dtype: str
+    file: str  # its name, for messages and to find it by
+    dtype: str  # as the format names it
     shape: tuple[int, ...]
-    start: int
-    stop: int
+    start: int  # position of the first byte in the file
+    stop: int  # position after the last byte
 
     @property
     def num_bytes(self) -> int:
@@ -72,10 +64,7 @@ class TensorEntry:
 def read_header(file: str, file_size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorEntry]:
     """Read and check the header of a safetensors file that is here or elsewhere.
 
-    Args:
-        file: Its name or path.
-        file_size: Its size in bytes.
-        read: Gives the bytes from a position to another.
+    `read` gives the bytes from a position to another.
 
     Returns:
         Name to entry of every tensor, in the order of their bytes.
@@ -99,7 +88,9 @@ def read_header(file: str, file_size: int, read: Callable[[int, int], bytes]) ->
         raise ValueError(
             f"{file} is cut: {data_start:,} bytes of header expected, {file_size:,} found; {_FETCH_AGAIN}."
         )
-    entries = _entries(file, _json(file, read(LENGTH_BYTES, data_start)), data_start)
+    contents = _tensor_fields(file, read(LENGTH_BYTES, data_start))
+    found = [_entry(file, name, fields, data_start) for name, fields in contents.items()]
+    entries = dict(sorted(found, key=lambda item: (item[1].start, item[1].stop)))
     _require_gapless(file, entries, data_start, file_size)
     return entries
 
@@ -110,7 +101,8 @@ def _refuse_lookalike(file: str, beginning: bytes) -> None:
             raise ValueError(f"{file} is no safetensors file. It looks like {what}.")
 
 
-def _json(file: str, header: bytes) -> dict[str, Any]:
+def _tensor_fields(file: str, header: bytes) -> dict[str, Any]:
+    """What a header says of each tensor."""
     duplicates: list[str] = []
 
     def note_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -128,25 +120,16 @@ def _json(file: str, header: bytes) -> dict[str, Any]:
         raise ValueError(f"{file} is corrupt: its header names {_short(duplicates[0])} twice.")
     if not isinstance(contents, dict):
         raise ValueError(f"{file} is corrupt: its header is a {type(contents).__name__}, not an object.")
-    _check_metadata(file, contents.get("__metadata__", {}))
-    return contents
-
-
-def _check_metadata(file: str, metadata: Any) -> None:
+    metadata = contents.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{file} is corrupt: its `__metadata__` has to hold texts, but is {_short(metadata)}.")
+    return contents
 
 
 def _short(value: Any) -> str:
     """A value from a header as text, cut where it would fill pages."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-
-def _entries(file: str, contents: dict[str, Any], data_start: int) -> dict[str, TensorEntry]:
-    """The header's tensors, sorted by place, each one checked by itself."""
-    entries = [_entry(file, name, fields, data_start) for name, fields in contents.items() if name != "__metadata__"]
-    return dict(sorted(entries, key=lambda item: (item[1].start, item[1].stop)))
 
 
 def _entry(file: str, name: str, fields: Any, data_start: int) -> tuple[str, TensorEntry]:
@@ -192,12 +175,7 @@ def _require_gapless(file: str, entries: dict[str, TensorEntry], data_start: int
 
 
 def read_local_header(path: Path) -> dict[str, TensorEntry]:
-    """`read_header` of a file on this machine.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: As `read_header`.
-    """
+    """`read_header` of a file on this machine."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a safetensors file.")
 
@@ -216,21 +194,13 @@ def read_local_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def require_float(file: str | os.PathLike, name: str, entry: TensorEntry) -> None:
-    """Refuse a tensor that is no weight: integers would be taken for numbers of another meaning.
-
-    Raises:
-        ValueError: Its dtype is not one of `DTYPES`.
-    """
+    """Refuse a tensor that is no weight: integers would be taken for numbers of another meaning."""
     if entry.dtype not in DTYPES:
         raise ValueError(f"{file}: {name} has dtype {entry.dtype}; weights have {', '.join(DTYPES)}.")
 
 
 def read_tensor(file: FileIO, entry: TensorEntry) -> torch.Tensor:
-    """Read one tensor into new memory.
-
-    Raises:
-        ValueError: Its dtype is not one of `DTYPES`, or the file has become shorter.
-    """
+    """Read one tensor, whose dtype is one of `DTYPES`, into new memory."""
     tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     file.seek(entry.start)
     if file.readinto(byte_view(tensor)) != entry.num_bytes:

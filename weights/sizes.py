@@ -1,16 +1,15 @@
-"""How large the encoder in a checkpoint is: by its configuration, or by its tensors where nothing else tells.
-
-Not staged to the Hub: only what reads checkpoints of others needs it.
-"""
+"""How large the encoder in a checkpoint is: by its configuration, or by its tensors where nothing else tells."""
 
 import os
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from math import isqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from deepseek_ocr_vision.configuration.at_home import read_object
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_integer
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import (
     DeepSeekOCRVisionClipConfig,
@@ -20,29 +19,9 @@ from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import 
 )
 
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
 _OUR_FIELDS = ("sam_config", "clip_config", "image_size", "num_channels", "projection_dim")
-_SAM_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "mlp_dim",
-    "patch_size",
-    "window_size",
-    "global_attn_indexes",
-    "output_channels",
-    "downsample_channels",
-    "image_size",
-    "hidden_act",
-    "layer_norm_eps",
-)
-_CLIP_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "layer_norm_eps",
-)
 
 
 def config_of_checkpoint(checkpoint_config: dict[str, Any], feature_mode: FeatureMode) -> DeepSeekOCRVisionConfig:
@@ -50,9 +29,6 @@ def config_of_checkpoint(checkpoint_config: dict[str, Any], feature_mode: Featur
 
     DeepSeek's own configuration leaves the sizes to its code, which has them as constants: the defaults of ours.
     transformers' Unlimited-OCR states them.
-
-    Raises:
-        ValueError: The sizes do not fit each other.
     """
     vision_config = _part(checkpoint_config, "vision_config")
     for candidate in (checkpoint_config, vision_config):
@@ -62,8 +38,8 @@ def config_of_checkpoint(checkpoint_config: dict[str, Any], feature_mode: Featur
     fields = {}
     sam, clip = _part(vision_config, "sam_config"), _part(vision_config, "encoder_config")
     if sam and clip:
-        fields["sam_config"] = {name: sam[name] for name in _SAM_FIELDS if name in sam}
-        fields["clip_config"] = {name: clip[name] for name in _CLIP_FIELDS if name in clip}
+        fields["sam_config"] = _known_fields(DeepSeekOCRVisionSamConfig, sam)
+        fields["clip_config"] = _known_fields(DeepSeekOCRVisionClipConfig, clip)
         if "image_size" in clip and "patch_size" in clip:
             fields["clip_config"]["grid_size"] = _grid_size(clip["image_size"], clip["patch_size"])
     # The projector leads to the language model's width, which DeepSeek's configuration has under another name.
@@ -71,6 +47,12 @@ def config_of_checkpoint(checkpoint_config: dict[str, Any], feature_mode: Featur
         if "hidden_size" in language_config:
             fields["projection_dim"] = language_config["hidden_size"]
     return DeepSeekOCRVisionConfig(**fields, feature_mode=feature_mode)
+
+
+def _known_fields(config_class: type[PreTrainedConfig], stated: dict[str, Any]) -> dict[str, Any]:
+    """What transformers states of a stage under the names that ours has; how it initialises weights is its own."""
+    names = signature(config_class).parameters.keys() - {"initializer_range"}
+    return {name: stated[name] for name in names if name in stated}
 
 
 def _grid_size(image_size: Any, patch_size: Any) -> int:
@@ -86,16 +68,7 @@ def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def image_size_of(source: str | os.PathLike, **hub_options: Any) -> int:
-    """Side in pixels of the page that the encoder in a checkpoint is meant for.
-
-    Args:
-        source: A folder, a safetensors file or a Hub id.
-        hub_options: As transformers takes them: `revision`, `token`, `cache_dir`, `local_files_only`.
-
-    Raises:
-        OSError: There is no such checkpoint, or its configuration cannot be fetched.
-        ValueError: Its configuration is corrupt.
-    """
+    """Side in pixels of the page that the encoder in a checkpoint, a folder, a file or a Hub id, is meant for."""
     folder = os.path.dirname(source) or "." if os.path.isfile(source) else source
     if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "config.json")):
         return DeepSeekOCRVisionConfig().image_size
@@ -105,38 +78,18 @@ def image_size_of(source: str | os.PathLike, **hub_options: Any) -> int:
 def read_config_of(source: str | os.PathLike, **hub_options: Any) -> dict[str, Any]:
     """What the `config.json` of a folder or of a repository on the Hub says, whatever model it is of.
 
-    Args:
-        source: A folder or a Hub id.
-        hub_options: As for `image_size_of`.
-
     Raises:
         OSError: There is none, or it cannot be fetched.
         ValueError: It is corrupt, or holds no object.
     """
-    try:
-        contents, _ = PreTrainedConfig.get_config_dict(source, **hub_options)
-        found = type(contents).__name__
-    except (AttributeError, TypeError) as error:
-        # transformers stumbles over a list or a text.
-        contents, found = None, f"something else ({error})"
-    if not isinstance(contents, dict):
-        raise ValueError(f"config.json of {source} has to hold an object, but holds {found}.")
-    return contents
+    return read_object(PreTrainedConfig.get_config_dict, source, **hub_options)[0]
 
 
 MAX_MORE_LAYERS = 64
 
 
 def check_layers(config: PreTrainedConfig, keys: Iterable[str]) -> None:
-    """Refuse a number of layers that is far above what a checkpoint has, before a model of that size is built.
-
-    Args:
-        config: The encoder.
-        keys: The checkpoint's tensors, under our names.
-
-    Raises:
-        ValueError: A stage has more layers than the checkpoint, by more than `MAX_MORE_LAYERS`.
-    """
+    """Refuse a number of layers that is far above what a checkpoint has, before a model of that size is built."""
     keys = list(keys)
     for stage, prefix in (("sam_config", "sam_model.blocks."), ("clip_config", "vision_model.transformer.layers.")):
         stated, found = getattr(config, stage).num_hidden_layers, _count(keys, prefix)
@@ -147,11 +100,7 @@ def check_layers(config: PreTrainedConfig, keys: Iterable[str]) -> None:
 
 
 def expected_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name to shape of a model's tensors, without making them.
-
-    Raises:
-        ValueError: The sizes are beyond what any tensor can have.
-    """
+    """Name to shape of a model's tensors, without making them."""
     try:
         with torch.device("meta"):
             return {key: tuple(tensor.shape) for key, tensor in model_class(config).state_dict().items()}
@@ -162,14 +111,9 @@ def expected_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig
 def config_of_shapes(
     shapes: Mapping[str, tuple[int, ...]], *, num_clip_heads: int | None = None
 ) -> DeepSeekOCRVisionConfig:
-    """The encoder that tensors of these shapes, under our names, are the weights of, in `residual` mode.
+    """The encoder that tensors of these shapes, under our names, are the weights of, in feature mode `"residual"`.
 
-    Args:
-        shapes: Of both stages' tensors.
-        num_clip_heads: Heads of the CLIP stage, which no shape tells. By default one a 64 channels, as in CLIP-L.
-
-    Raises:
-        ValueError: A tensor that tells a size is missing, or the sizes do not fit each other.
+    No shape tells the heads of the CLIP stage; without `num_clip_heads` it is one a 64 channels, as in CLIP-L.
     """
     try:
         sam, clip = _sam_fields(shapes), _clip_fields(shapes)

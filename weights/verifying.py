@@ -13,6 +13,7 @@ from deepseek_ocr_vision.saving.saving_deepseek_ocr_vision import CHECKSUMS
 from .checkpoints import CONFIG, compare_checksums, open_local, read_config
 from .names import our_name
 from .reading import load_deepseek_ocr
+from .safetensors_files import is_finite
 
 
 PAGE_TOKENS = 8
@@ -21,9 +22,6 @@ PAGE_TOKENS = 8
 
 def check_checkpoint(source: str | os.PathLike) -> str:
     """Check a checkpoint on this machine: its checksums, that it loads, and that a page gives finite tokens.
-
-    Args:
-        source: A folder of this package's or with a whole released model, or a safetensors file.
 
     Returns:
         What was found, in words.
@@ -37,15 +35,12 @@ def check_checkpoint(source: str | os.PathLike) -> str:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     compared = compare_checksums(path)
-    sums = (
-        f"{len(compared)} files are as {CHECKSUMS} says."
-        if compared
-        else (f"no {CHECKSUMS}, so a flipped byte would not be found.")
-    )
+    found = f"{len(compared)} files are as {CHECKSUMS} says."
+    sums = found if compared else f"no {CHECKSUMS}, so a flipped byte would not be found."
     model = load_whatever_is_there(path)
     weights = model.state_dict()
     for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight):
             raise ValueError(f"{path}: {name} holds NaN or infinity.")
     _check_tokens(model, path)
     num_parameters, dtype = model.num_parameters(), str(model.dtype).removeprefix("torch.")
@@ -56,7 +51,7 @@ def check_checkpoint(source: str | os.PathLike) -> str:
 
 
 def load_whatever_is_there(path: Path) -> DeepSeekOCRVisionModel:
-    """The encoder in a folder of its own, or in a whole checkpoint, in the mode that uses the most of it."""
+    """The encoder in a folder of its own, or in a whole checkpoint, in the feature mode that uses the most of it."""
     if path.is_dir() and read_config(path / CONFIG).get("model_type") == DeepSeekOCRVisionConfig.model_type:
         return DeepSeekOCRVisionModel.from_pretrained(path, dtype="auto")
     feature_mode = richest_mode(open_local(path).tensors)
@@ -64,7 +59,7 @@ def load_whatever_is_there(path: Path) -> DeepSeekOCRVisionModel:
 
 
 def richest_mode(names: Iterable[str]) -> FeatureMode:
-    """The mode that uses the most of what a checkpoint has."""
+    """The feature mode that uses the most of what a checkpoint has."""
     keys = {our_name(name).key for name in names}
     if keys >= {"image_newline", "view_seperator", "projector.layers.weight"}:
         return "sequence"
@@ -82,6 +77,3 @@ def _check_tokens(model: DeepSeekOCRVisionModel, path: Path) -> None:
     tokens = model.eval()(pixel_values).last_hidden_state
     if not torch.isfinite(tokens).all():
         raise ValueError(f"{path}: the tokens of a page are not finite, though all weights are.")
-
-
-__all__ = ["check_checkpoint", "load_whatever_is_there", "richest_mode"]

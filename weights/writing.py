@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
@@ -19,8 +18,8 @@ from deepseek_ocr_vision.saving.staging import atomic_write
 
 from .checkpoints import LocalCheckpoint, compare_checksums, open_local
 from .names import is_vision, match_tensors
-from .repository import explained, repository_named
-from .safetensors_files import DTYPES, TensorEntry, byte_view, in_pieces, is_finite
+from .repository import local_checkpoint
+from .safetensors_files import DTYPES, byte_view, in_pieces, is_finite, require_float
 from .sizes import expected_shapes
 
 
@@ -61,46 +60,21 @@ class WriteReport:
 def write_deepseek_ocr(
     model: PreTrainedModel, base: str | os.PathLike, target: str | os.PathLike, **hub_options: Any
 ) -> WriteReport:
-    """Write a full checkpoint in the layout of another one: what `DeepSeekOCRVisionModel.write_deepseek_ocr` does.
+    """What `DeepSeekOCRVisionModel.write_deepseek_ocr` says.
 
-    Everything but the encoder stays byte for byte: the language model, the header of every file, index, configuration,
-    tokenizer. Each weight is written in the base's dtype. The target appears by one rename, at the end. Memory stays
-    below that of the model plus its largest tensor. A base with `SHA256SUMS` is compared with them first.
-
-    Args:
-        model: The encoder.
-        base: A DeepSeek-OCR or Unlimited-OCR checkpoint: a folder, a safetensors file or a Hub id, which is fetched
-            whole; in the released layout or that of transformers' Unlimited-OCR.
-        target: The new folder, or file if the base is one; it must not exist yet, or be an empty folder.
-        hub_options: `revision`, `token` and `cache_dir` of a base on the Hub.
-
-    Raises:
-        ValueError: The base's encoder is not of this model's size, the base is not what its `SHA256SUMS` say, a weight
-            is not finite or does not fit into the base's dtype, or adapters are not merged.
-        FileExistsError: There is something at `target`.
-        OSError: The base cannot be read, the target not be written, or the disk is too small.
+    Memory stays below that of the model plus its largest tensor.
     """
-    return write_weights(weights_of(model), base, target, **hub_options)
+    return write_weights(weights_of(model), local_checkpoint(base, "base", **hub_options), target)
 
 
 def write_weights(
-    weights: Mapping[str, torch.Tensor],
-    base: str | os.PathLike,
-    target: str | os.PathLike,
-    *,
-    whole: bool = False,
-    **hub_options: Any,
+    weights: Mapping[str, torch.Tensor], base: Path, target: str | os.PathLike, *, whole: bool = False
 ) -> WriteReport:
     """Write a copy of a checkpoint with tensors under our names in place of its own.
 
-    Args:
-        weights: Our names, and the tensors.
-        base: The checkpoint.
-        target: The new folder, or file if the base is one.
-        whole: Whether the weights are those of a whole model, so that the base may hold nothing beyond them.
-        hub_options: As huggingface_hub takes them.
+    With `whole` the weights are those of a whole model, so that the base may hold nothing beyond them.
     """
-    base, target = _local_base(base, hub_options), Path(target)
+    target = Path(target)
     if target.resolve() == base.resolve() or base.resolve() in target.resolve().parents:
         raise ValueError(f"`target` is {target}, which lies in the base {base}; name another place.")
     compare_checksums(base)
@@ -111,11 +85,11 @@ def write_weights(
     replacements = _replacements(checkpoint, weights, sources)
     kept = [name for name in checkpoint.tensors if is_vision(name) and name not in replacements]
     report = WriteReport(target, list(replacements), _rounded(checkpoint, replacements), kept)
-    _require_space(target, sum((checkpoint.folder / file).stat().st_size for file in checkpoint.files))
+    total = sum((checkpoint.folder / file).stat().st_size for file in checkpoint.files)
+    _require_space(target, total)
     with atomic_write(target) as partial:
         if base.is_dir():
             report.left_out.extend(_copy_side_files(base, partial, checkpoint.files))
-        total = sum((checkpoint.folder / file).stat().st_size for file in checkpoint.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc=target.name) as bar:
             for file in checkpoint.files:
                 path = partial / file if base.is_dir() else partial
@@ -125,20 +99,8 @@ def write_weights(
     return report
 
 
-def _local_base(base: str | os.PathLike, hub_options: dict[str, Any]) -> Path:
-    repo_id = repository_named(base, argument="base")
-    if repo_id is None:
-        return Path(base)
-    with explained(repo_id):
-        return Path(snapshot_download(repo_id, **hub_options))
-
-
 def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The model's weights, checked to be its own, present and finite.
-
-    Raises:
-        ValueError: Adapters are not merged, a tensor has no values, or one is not finite.
-    """
+    """The model's weights, checked to be its own, present and finite."""
     weights = model.state_dict()
     strange = sorted(weights.keys() ^ expected_shapes(type(model), model.config).keys())
     if strange:
@@ -161,20 +123,13 @@ def _replacements(
     replacements = {}
     for key, names in sources.items():
         for name, part in zip(names, weights[key].detach().chunk(len(names)), strict=True):
-            if checkpoint.tensors[name].dtype not in DTYPES:
-                raise ValueError(
-                    f"The base's {name} has dtype {checkpoint.tensors[name].dtype}, which weights do not have."
-                )
+            require_float("The base", name, checkpoint.tensors[name])
             replacements[name] = part
     return replacements
 
 
 def _rounded(checkpoint: LocalCheckpoint, replacements: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that change when they are brought to the base's dtype.
-
-    Raises:
-        ValueError: One of them does not fit into that dtype at all.
-    """
+    """Names of the tensors that change when they are brought to the base's dtype, into which they have to fit."""
     rounded = []
     for name, tensor in replacements.items():
         dtype, exact = DTYPES[checkpoint.tensors[name].dtype], True
@@ -219,7 +174,7 @@ def _write_file(
         for name, entry in checkpoint.tensors.items():
             if entry.file == file and name in replacements:
                 _copy_until(source, output, entry.start, bar)
-                _write_tensor(replacements[name], entry, output)
+                output.write(byte_view(replacements[name].to("cpu", DTYPES[entry.dtype]).contiguous()))
                 source.seek(entry.stop)
                 bar.update(entry.num_bytes)
         _copy_until(source, output, None, bar)
@@ -235,10 +190,3 @@ def _copy_until(source: BinaryIO, output: BinaryIO, stop: int | None, bar: tqdm)
             return
         output.write(chunk)
         bar.update(len(chunk))
-
-
-def _write_tensor(tensor: torch.Tensor, entry: TensorEntry, output: BinaryIO) -> None:
-    output.write(byte_view(tensor.to("cpu", DTYPES[entry.dtype]).contiguous()))
-
-
-__all__ = ["WriteReport", "write_deepseek_ocr"]
