@@ -24,6 +24,10 @@ by rounding only:
 traced. Named there, the first is one operator in a compiled or exported graph. `"eager"` and functions registered with
 transformers' `AttentionInterface` get the bias as a tensor too. The CLIP stage has no bias; there all three names mean
 SDPA.
+
+In half precision, query, key, value, rel_h, rel_w, the weights and the output are rounded, as in the original
+code; logits, the softmax, and sums over keys, blocks and windows are in float32. Where a CPU multiplies in half
+precision, its products round the logits, so the largest of each query is taken off first.
 """
 
 import re
@@ -95,11 +99,6 @@ def _cpu_capabilities() -> Mapping[str, Any]:
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
-def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has no products in a dtype, so that PyTorch computes them by others and float32 is faster."""
-    return device.type == "cpu" and block_dtype(dtype, _cpu_capabilities()) != dtype
-
-
 def eager_attention(
     module: nn.Module,
     query: torch.Tensor,  # [B, A, N, D]
@@ -111,10 +110,11 @@ def eager_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in plain steps, which also gives its weights: ([B, N, A, D], [B, A, N, N])."""
-    logits = (query * scaling) @ key.transpose(-2, -1)  # [B, A, N, N]
+    dtype = at_least_float32(query.dtype)
+    logits = (query.to(dtype) * scaling) @ key.to(dtype).transpose(-2, -1)  # [B, A, N, N]
     if attention_mask is not None:
         logits = logits + attention_mask
-    weights = F.softmax(logits, dim=-1, dtype=at_least_float32(query.dtype)).to(query.dtype)
+    weights = F.softmax(logits, dim=-1, dtype=dtype).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 
 
@@ -210,11 +210,11 @@ def relative_positions(table: torch.Tensor, size: int) -> torch.Tensor:
         size: Positions along the axis.
 
     Returns:
-        [size, size, D], entry (query, key) for the offset query - key.
+        [size, size, D], entry (query, key) for the offset query - key, in float32 at least.
     """
+    table = table.to(at_least_float32(table.dtype))  # in which the gradients of a row are added up
     if is_open(size) or table.shape[0] != 2 * size - 1:
-        resized = table.t()[None].to(at_least_float32(table.dtype))  # [1, D, 2n - 1]
-        table = F.interpolate(resized, size=2 * size - 1, mode="linear")[0].t().to(table.dtype)
+        table = F.interpolate(table.t()[None], size=2 * size - 1, mode="linear")[0].t()
     positions = torch.arange(size, device=table.device)
     return table[positions[:, None] - positions[None, :] + size - 1]
 
@@ -369,8 +369,11 @@ class _Windows:
         size = (*self.rel_h[heads, rows].shape, self.rel_w.shape[-1])  # [g, s, t, S, T]
         logits = _shaped(scratch, size).flatten(3).flatten(1, 2)
         if self.folded is not None:
-            query, key = self.folded
-            torch.bmm(query[heads, rows].flatten(1, 2), key[heads].transpose(1, 2), out=logits)
+            query, key = self.folded[0][heads, rows].flatten(1, 2), self.folded[1][heads].transpose(1, 2)
+            # First to find each query's largest logit, and then less that one, which changes no weight: those that
+            # count are near zero then, and hardly rounded.
+            largest = torch.bmm(query, key, out=logits).amax(dim=-1, keepdim=True)
+            logits.copy_(-largest).baddbmm_(query, key)
         else:
             torch.add(self.rel_h[heads, rows, :, :, None], self.rel_w[heads, rows, :, None], out=logits.view(size))
             query, key = self.query[heads, rows].flatten(1, 2), self.key[heads]
@@ -507,15 +510,11 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 
 def _prepare(
-    qkv: torch.Tensor,
-    table_h: torch.Tensor,
-    table_w: torch.Tensor,
-    num_heads: int,
-    shape: Sequence[int],
+    qkv: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor, num_heads: int, shape: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
     """Grid [B, H, W, 3, A, D], padding [3, A, D], and the tables in the dtype to compute in."""
     grid, padding = _split_padding(qkv.unflatten(-1, (3, num_heads, -1)), shape)
-    dtype = at_least_float32(qkv.dtype) if is_emulated(qkv.dtype, qkv.device) else qkv.dtype
+    dtype = block_dtype(qkv.dtype, _cpu_capabilities()) if qkv.device.type == "cpu" else qkv.dtype
     return grid, padding, (table_h.to(dtype), table_w.to(dtype))
 
 
@@ -541,7 +540,7 @@ def _blockwise_gradients(
     for index, image in enumerate(grid):
         for windows in _windows(image, padding, *tables, copy_bytes=COPY_BYTES):
             grad = windows.gather(grad_output[index])  # [G, s, t, D]
-            delta = (grad * windows.gather(output[index])).sum(-1, keepdim=True)  # [G, s, t, 1]
+            delta = (grad.to(dtype) * windows.gather(output[index])).sum(-1, keepdim=True)  # [G, s, t, 1]
             grad_query, *grads, grad_rel_h, grad_rel_w = _window_gradients(windows, grad, delta, scratch)
             rows, columns = windows.query.shape[1:3]
             grad_query += torch.einsum("gsti,sid->gstd", grad_rel_h, tables[0][:rows])
@@ -569,13 +568,17 @@ def _window_gradients(
     grad_query, grad_h, grad_w = (torch.empty_like(part) for part in (windows.query, windows.rel_h, windows.rel_w))
     dtype = at_least_float32(windows.key.dtype)
     grad_key, grad_value = (torch.zeros_like(part, dtype=dtype) for part in (windows.key, windows.value))
+    # The difference is rounded once, and delta, in two parts, not at all.
+    high = delta.to(grad_output.dtype)
+    with_delta = torch.cat([grad_output, -high, (high - delta).to(high.dtype)], dim=-1)  # [G, s, t, D + 2]
+    with_ones = F.pad(windows.value, (0, 2), value=1.0)  # [G, N, D + 2]
     for heads, rows in windows.blocks():
         query, grad = (part[heads, rows].flatten(1, 2) for part in (windows.query, grad_output))  # [g, n, D]
         weights = windows.weights(heads, rows, scratch[0])  # [g, n, N]
         grad_value[heads] += weights.transpose(1, 2) @ grad
         grad_logits = _shaped(scratch[1], weights.shape)
-        torch.bmm(grad, windows.value[heads].transpose(1, 2), out=grad_logits)
-        grad_logits.sub_(delta[heads, rows].flatten(1, 2)).mul_(weights)
+        torch.bmm(with_delta[heads, rows].flatten(1, 2), with_ones[heads].transpose(1, 2), out=grad_logits)
+        grad_logits.mul_(weights)
         grad_query[heads, rows] = (grad_logits @ windows.key[heads]).mul_(scaling).view(grad_query[heads, rows].shape)
         grad_key[heads] += (grad_logits.transpose(1, 2) @ query).mul_(scaling)
         by_place = grad_logits.view(*grad_h[heads, rows].shape, -1)  # [g, s, t, S, T]
