@@ -22,6 +22,8 @@ from PIL import Image, ImageDraw
 from transformers import TextIteratorStreamer
 
 from deepseek_ocr_vision import MODES, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, text_to_pages
+from deepseek_ocr_vision.composites import PROMPTS
+from deepseek_ocr_vision.modeling.device import default_device
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import open_image
 from deepseek_ocr_vision.visualize import PageView, draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import draw_frame
@@ -48,17 +50,11 @@ NUM_NEIGHBOURS = 4
 QUEUE: dict[str, Any] = {"concurrency_id": "encoder", "concurrency_limit": 1, "api_visibility": "private"}
 # A page's tokens, attention and pixels are some 100 MB at 1024 x 1024, and each visitor keeps one.
 KEPT_PAGES, KEPT_SECONDS = 16, 1800
-LAUNCH: dict[str, Any] = {
-    "share": False,
-    "ssr_mode": False,
-    "show_error": True,
-    "max_file_size": "50mb",
-    "footer_links": [],
-}
+LAUNCH: dict[str, Any] = {"share": False, "ssr_mode": False, "show_error": True, "max_file_size": "50mb"}
 # No font and no script from elsewhere, so that it works offline.
 LAUNCH |= {"theme": gr.themes.Base(primary_hue="blue", font="sans-serif", font_mono="monospace")}
 LAUNCH |= {"css": ".titled {gap: 2px} #counts :is(td, th) {padding: 3px 8px; white-space: nowrap}"}
-LAUNCH |= {"state_session_capacity": KEPT_PAGES}
+LAUNCH |= {"state_session_capacity": KEPT_PAGES, "footer_links": []}
 
 INTRODUCTION = """# What the DeepSeek-OCR encoder sees
 Give it a page. **Click on any of the images** to choose a token: which tokens are like it, and which pixels it
@@ -84,9 +80,8 @@ class Encoder:
 
     @cached_property
     def model(self) -> DeepSeekOCRVisionModel:
-        """The encoder, frozen, on the GPU if there is one."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return self._loaded[0].to(device).requires_grad_(False)  # type: ignore[arg-type]
+        """The encoder, frozen, on the accelerator if there is one."""
+        return self._loaded[0].to(default_device()).requires_grad_(False)  # type: ignore[arg-type]
 
     @property
     def image_processor(self) -> DeepSeekOCRVisionImageProcessor:
@@ -94,11 +89,7 @@ class Encoder:
         return self._loaded[1]
 
     def processor_in(self, mode: str) -> DeepSeekOCRVisionImageProcessor:
-        """The image processor at the resolution of a mode, with the preset's means, or as it was saved.
-
-        Args:
-            mode: `AS_SAVED` or a key of `MODES`.
-        """
+        """The image processor at the resolution of a mode, with the preset's means, or as it was saved."""
         return in_mode(self.image_processor, mode)
 
 
@@ -139,9 +130,6 @@ def in_mode(image_processor: DeepSeekOCRVisionImageProcessor, mode: str) -> Deep
 def uploaded_file(upload: ImageData | None) -> str | None:
     """The path of an uploaded file, in place of Gradio's own check, which accepts any path that a request names.
 
-    Args:
-        upload: What the request says of it; `None` if there is none.
-
     Raises:
         gr.Error: It is no file in Gradio's folder of uploads.
     """
@@ -157,19 +145,6 @@ def uploaded_file(upload: ImageData | None) -> str | None:
     return str(path)
 
 
-def require_few_pixels(path: str) -> None:
-    """Refuse a file of more than `MAX_PIXELS` pixels by its header: small files can hold many.
-
-    Raises:
-        OSError: It is no image.
-        ValueError: It has too many pixels.
-    """
-    with open_image(path, "page") as opened:
-        width, height = opened.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"The page has {width} x {height} pixels; up to {MAX_PIXELS / 1e6:g} million are read here.")
-
-
 # What is answered
 
 
@@ -183,19 +158,11 @@ def in_words() -> Iterator[None]:
 
 
 def show(encoder: Encoder, image: str | None, mode: str) -> tuple:
-    """Read a page: its view and first token, all four images, and what is said about them.
-
-    Args:
-        encoder: What reads it.
-        image: Path of the uploaded file; `None` if there is none.
-        mode: `AS_SAVED` or a key of `MODES`.
+    """Read a page.
 
     Returns:
         The view, the token with the most on its square, the page, its tokens as colours, the token's neighbours, its
         gradient, the caption, and the table of token counts.
-
-    Raises:
-        gr.Error: There is no image, or the encoder or the image cannot be read.
     """
     with in_words():
         image = _require_image(image)
@@ -208,17 +175,7 @@ def show(encoder: Encoder, image: str | None, mode: str) -> tuple:
 
 
 def read(reader: Reader, image: str | None, mode: str, prompt: str) -> Iterator[str]:
-    """Read a page: its text so far, whenever there is more of it.
-
-    Args:
-        reader: What reads it.
-        image: Path of the uploaded file; `None` if there is none.
-        mode: `AS_SAVED`, which is gundam here, or a key of `MODES`.
-        prompt: What is asked for, a key of `PROMPTS`.
-
-    Raises:
-        gr.Error: There is no image, or the model or the image cannot be read.
-    """
+    """Read a page: its text so far, whenever there is more of it. The mode `AS_SAVED` is gundam here."""
     with in_words():
         image = _require_image(image)
         from deepseek_ocr_vision.composites.read_pages import read_page
@@ -237,17 +194,10 @@ def read(reader: Reader, image: str | None, mode: str, prompt: str) -> Iterator[
 
 
 def choose(view: PageView | None, click: gr.SelectData) -> tuple:
-    """Ask about the token that was clicked on.
-
-    Args:
-        view: The page that is shown; `None` if there is none, or none any more.
-        click: Where, in pixels of the image: `index` is [x, y].
+    """Ask about the token that was clicked on; `index` is [x, y], in pixels of the image.
 
     Returns:
         The token, the page, the token's neighbours, its gradient, and the caption.
-
-    Raises:
-        gr.Error: There is no page.
     """
     with in_words():
         page = _require_page(view)
@@ -256,11 +206,7 @@ def choose(view: PageView | None, click: gr.SelectData) -> tuple:
 
 
 def sheet_of(view: PageView | None, token: tuple[int, int]) -> Image.Image:
-    """Draw the sheet of a token, as `deepseek-ocr-vision show` does.
-
-    Raises:
-        gr.Error: There is no page.
-    """
+    """Draw the sheet of a token, as `deepseek-ocr-vision show` does."""
     with in_words():
         return draw_sheet(_require_page(view), (token[0], token[1]))
 
@@ -275,13 +221,7 @@ def images_of(view: PageView, token: tuple[int, int]) -> tuple[Image.Image, Imag
 
 
 def describe(token: tuple[int, int], similarity: torch.Tensor, on_page: torch.Tensor) -> str:
-    """A token's place and its nearest neighbours, in words.
-
-    Args:
-        token: Row and column.
-        similarity: Its cosine to all tokens, [H, W].
-        on_page: Which tokens have something of the page on their square, [H, W].
-    """
+    """A token's place, and its nearest neighbours among those on the page by its cosine to all, [H, W], in words."""
     (rows, columns), (row, column) = similarity.shape, token
     others = on_page.clone()
     others[token] = False
@@ -293,13 +233,7 @@ def describe(token: tuple[int, int], similarity: torch.Tensor, on_page: torch.Te
 
 
 def count_tokens(encoder: Encoder, size: tuple[int, int], shown: str) -> str:
-    """How many tokens an image becomes in each mode, as a table in Markdown.
-
-    Args:
-        encoder: What reads it.
-        size: The image's width and height, in pixels.
-        shown: The mode whose row is set in bold.
-    """
+    """How many tokens an image of a width and height becomes in each mode, as a table in Markdown."""
     width, height = size
     lines = ["| mode | the encoder reads | tokens |", "|---|---|---:|"]
     for mode in (AS_SAVED, *MODES):
@@ -312,9 +246,13 @@ def count_tokens(encoder: Encoder, size: tuple[int, int], shown: str) -> str:
 
 
 def _require_image(image: str | None) -> str:
+    """The path of an image that is there, and by its header has no more pixels than is allowed: small files can."""
     if image is None:
         raise ValueError("There is no page yet: upload an image, paste one, or take an example.")
-    require_few_pixels(image)
+    with open_image(image, "page") as opened:
+        width, height = opened.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"The page has {width} x {height} pixels; up to {MAX_PIXELS / 1e6:g} million are read here.")
     return image
 
 
@@ -338,11 +276,6 @@ def _drawable(view: PageView) -> PageView:
 
 
 # The examples
-
-
-def draw_examples() -> list[Image.Image]:
-    """Pages to try: a letter, a receipt and a slide."""
-    return [_letter(), _receipt(), _slide()]
 
 
 def _letter() -> Image.Image:
@@ -426,16 +359,14 @@ def _lay_out_input() -> tuple[Any, ...]:
     image.preprocess = uploaded_file
     mode = gr.Radio([AS_SAVED, *MODES], value=AS_SAVED, label="Mode", elem_id="mode")
     button = gr.Button("Show", variant="primary", elem_id="show")
-    examples = gr.Examples(draw_examples(), image, cache_examples=False, elem_id="examples")
+    examples = gr.Examples([_letter(), _receipt(), _slide()], image, cache_examples=False, elem_id="examples")
     table = gr.Markdown(elem_id="counts")
     return image, mode, examples, button, table
 
 
 def _lay_out_reading(reader: Reader, image: Any, mode: Any) -> None:
     """The text of the page: what to ask for, the button, and what was read."""
-    prompt = gr.Radio(
-        ["text", "markdown", "ocr", "figure", "describe"], value="text", label="Prompt", elem_id="prompt"
-    )
+    prompt = gr.Radio([*PROMPTS], value="text", label="Prompt", elem_id="prompt")
     button = gr.Button("Read", variant="primary", elem_id="read")
     text = gr.Textbox(label="Text", lines=20, buttons=["copy"], elem_id="text")
     button.click(partial(read, reader), [image, mode, prompt], text, **QUEUE)
@@ -448,20 +379,14 @@ def _lay_out_images() -> list[Any]:
         {"page": "The page, and the token", "colors": "All tokens: alike colours, alike tokens"},
         {"neighbours": "Its neighbours: the brighter, the more alike", "gradient": "The pixels that it depends on"},
     )
-    settings: dict[str, Any] = {
-        "format": "png",
-        "interactive": False,
-        "show_label": False,
-        "height": 400,
-        "buttons": ["fullscreen"],
-    }
+    settings: dict[str, Any] = {"format": "png", "interactive": False, "show_label": False, "height": 400}
     images = []
     for row in rows:
         with gr.Row():
             for name, title in row.items():
                 with gr.Column(min_width=240, elem_classes="titled"):
                     gr.Markdown(title)
-                    images.append(gr.Image(elem_id=name, **settings))
+                    images.append(gr.Image(elem_id=name, buttons=["fullscreen"], **settings))
     return [*images, caption]
 
 
