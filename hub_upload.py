@@ -8,15 +8,13 @@ commit. `python hub_upload.py CHECKPOINT REPO_ID` does all three; after a step t
 import argparse
 import hashlib
 import inspect
-import json
 import logging
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -34,18 +32,14 @@ from deepseek_ocr_vision.configuration import PRESETS, DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
-from deepseek_ocr_vision.saving.checksums import (
-    read_checksums,
-    sha256_of,
-    verify_checksums,
-    write_checksums,
-)
+from deepseek_ocr_vision.saving.checksums import read_checksums, sha256_of, verify_checksums, write_checksums
 from deepseek_ocr_vision.saving.code import FLAT_CODE
 from deepseek_ocr_vision.saving.saving_deepseek_ocr_vision import CHECKSUMS, PACKAGE
 from deepseek_ocr_vision.saving.staging import atomic_write, staging_folder
 from deepseek_ocr_vision.weights import check_repository_id, compare_checksums, is_encoder, load_encoder
 from deepseek_ocr_vision.weights.checkpoints import read_config
 from deepseek_ocr_vision.weights.repository import RUN_AGAIN, TOKEN, explained, without_token
+from deepseek_ocr_vision.weights.safetensors_files import is_finite
 
 
 BASE_MODEL = "deepseek-ai/DeepSeek-OCR"
@@ -167,7 +161,7 @@ def _read(checkpoint: Path) -> tuple[DeepSeekOCRVisionModel, DeepSeekOCRVisionIm
         )
     compare_checksums(checkpoint)
     model, image_processor = load_encoder(checkpoint)
-    keys = [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
+    keys = [key for key, weight in model.state_dict().items() if not is_finite(weight)]
     if keys:
         raise ValueError(f"{checkpoint} has NaN or infinity in {list_some(keys)}.")
     return model, image_processor
@@ -342,15 +336,8 @@ def _encode_in_a_fresh_process(source: Path, page: Path, *, copy: Path | str = "
         result = home / "result.safetensors"
         # -P: nothing is imported from the working directory.
         command = [sys.executable, "-P", "-c", program, *map(str, (source, page, result, copy))]
-        finished = subprocess.run(
-            command,
-            cwd=home,
-            env=_environment_of_a_reader(str(home)),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        options: dict[str, Any] = {"cwd": home, "env": _environment_of_a_reader(str(home)), "text": True}
+        finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, **options)
         if finished.returncode:
             said = "\n".join(finished.stderr.strip().splitlines()[-5:])
             raise ValueError(f"{source} does not load where this package is not installed:\n{said}")
@@ -417,8 +404,7 @@ def push(
         repo_id: The repository, `namespace/name`; made if it is not there, except for a pull request.
         private: Whether the repository has to be private.
         create_pr: Whether to open a pull request instead of committing.
-        revision: The branch, made from `main` if it is not there, except for a
-            pull request. Defaults to `main`.
+        revision: The branch, made from `main` if it is not there, except for a pull request. Defaults to `main`.
         force: Whether a repository that holds another model may be overwritten.
         token: The token, by default that of `HF_TOKEN` or of `hf auth login`.
 
@@ -462,12 +448,8 @@ def push(
 def files_to_publish(folder: str | os.PathLike, *, token: str | None = None) -> list[Path]:
     """The files of a folder that may be published: those with a name of `PUBLISHED`.
 
-    Args:
-        folder: What `stage` wrote.
-        token: A token that must not be in any of them; nor must whatever looks like one of the Hub's.
-
     Raises:
-        ValueError: A file is a link, which may lead out of the folder, or holds a token.
+        ValueError: A file is a link, which may lead out of the folder, or holds a token, or what looks like one.
     """
     folder = Path(folder)
     paths = [folder / name for name in PUBLISHED if (folder / name).is_file()]
@@ -537,8 +519,8 @@ def _model_type(api: HfApi, repo_id: str, revision: str | None) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         path = api.hf_hub_download(repo_id, "config.json", revision=revision, local_dir=temporary)
         try:
-            model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError):
+            model_type = read_config(Path(path)).get("model_type")
+        except ValueError:
             return "a config.json that is none"
     return model_type if model_type == DeepSeekOCRVisionConfig.model_type else f"model_type {model_type!r}"
 
@@ -593,13 +575,16 @@ def upload(
         _required_token(None)
     with staging_folder(tempfile.gettempdir()) as temporary:
         folder = temporary / "staged"
-        with _nothing_pushed_yet():
+        try:
             _say(f"Staging {checkpoint}")
             stage(checkpoint, folder, repo_id=repo_id, license=license, base_model=base_model)
             _say("Verifying what was staged, and a copy saved from there, in fresh processes without the package")
             parity = verify(folder, checkpoint)
             _say(f"The tokens are the checkpoint's: {parity.num_tokens} compared, difference {parity.difference}")
             _say(_listing(folder, Path(checkpoint)))
+        except Exception as error:
+            error.add_note("Nothing was pushed.")
+            raise
         target = f"{repo_id}, {'a pull request to ' if create_pr else ''}branch {revision or 'main'}"
         target += ", private" if private else ""
         if dry_run:
@@ -609,15 +594,6 @@ def upload(
         url = push(folder, repo_id, private=private, create_pr=create_pr, revision=revision, force=force)
     _say(url)
     return url
-
-
-@contextmanager
-def _nothing_pushed_yet() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        error.add_note("Nothing was pushed.")
-        raise
 
 
 def _listing(folder: Path, checkpoint: Path) -> str:
@@ -663,19 +639,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="overwrite a repository that holds another model")
     add("--dry-run", action="store_true", help="stage, verify and list the files, without a connection to the Hub")
     add("--license", default=LICENSE, help="the weights' licence, by the Hub's identifier (default: %(default)s)")
-    add(
-        "--base-model",
-        default=BASE_MODEL,
-        help="the repository whose weights these were trained from, or 'none' if from scratch (default: %(default)s)",
-    )
+    base = "the repository whose weights these were trained from, or 'none' if from scratch (default: %(default)s)"
+    add("--base-model", default=BASE_MODEL, help=base)
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the parsed arguments say. Exit code 0, or 1 with a message on standard error, or 130 after Ctrl-C."""
-    arguments = {name: getattr(options, name) for name in ("private", "create_pr", "revision", "force", "dry_run")}
+    names = ("private", "create_pr", "revision", "force", "dry_run", "license")
+    arguments = {name: getattr(options, name) for name in names}
     base_model = None if options.base_model == "none" else options.base_model
     try:
-        upload(options.checkpoint, options.repo_id, license=options.license, base_model=base_model, **arguments)
+        upload(options.checkpoint, options.repo_id, base_model=base_model, **arguments)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         message = "\n".join([f"Error: {error}", *getattr(error, "__notes__", [])])
         sys.stderr.write(f"{without_token(message, os.environ.get('HF_TOKEN'))}\n")
