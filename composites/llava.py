@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deepseek_ocr_vision.composites.prompts import IMAGE_TOKEN
 from deepseek_ocr_vision.composites.small import PADDING_SIDE, byte_tokenizer, small_encoder_config, small_text_config
@@ -210,9 +210,7 @@ def build_model(
         processor: What `build_processor` made from the same checkpoints; it decides page size and vocabulary.
     """
     size = processor.image_processor.size
-    language_config = (
-        AutoConfig.from_pretrained(language_model) if language_model else small_text_config(processor.tokenizer)
-    )
+    language_config = text_config(language_model, processor.tokenizer)
     config = transformers.LlavaConfig(
         vision_config=encoder_config(encoder, page_size=size["height"]),
         text_config=language_config,
@@ -226,6 +224,11 @@ def build_model(
         model = transformers.LlavaForConditionalGeneration(config)
         return model.to(dtype)  # type: ignore[arg-type]  # transformers wraps it as a plain function
     return join_checkpoints(config, processor, encoder=encoder, language_model=language_model, dtype=dtype)
+
+
+def text_config(language_model: str | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of the language model to start from, or of a small new one."""
+    return AutoConfig.from_pretrained(language_model) if language_model else small_text_config(tokenizer)
 
 
 def join_checkpoints(
