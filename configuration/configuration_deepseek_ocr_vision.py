@@ -146,9 +146,7 @@ class DeepSeekOCRVisionSamConfig(_ValidatedConfig):
 
 
 class DeepSeekOCRVisionClipConfig(_ValidatedConfig):
-    """The CLIP-L stage, which reads the compressed grid in place of patches of its own.
-
-    Errors are those of a `DeepSeekOCRVisionConfig`.
+    """The CLIP-L stage, which reads the compressed grid. Errors are those of a `DeepSeekOCRVisionConfig`.
 
     Args:
         hidden_size: Width of a token, in channels.

@@ -77,9 +77,7 @@ class ClipTransformer(nn.Module):
 
 
 class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
-    """The CLIP stage: the compressed grid [B, C, H, W] to tokens [B, N, C], or [B, N + 1, C] with the class token in
-    front, as in the released model.
-    """
+    """The CLIP stage: the compressed grid [B, C, H, W] to tokens [B, N, C], or [B, N + 1, C] with a class token."""
 
     config_class = DeepSeekOCRVisionClipConfig
     base_model_prefix = "vision_model"

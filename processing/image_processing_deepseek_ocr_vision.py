@@ -43,13 +43,8 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "pil", "torchvision"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 # What no longer holds when another field is replaced: a mode is a size with or without tiles.
-_VOIDED_BY = {
-    "preset": ("mode", "do_pad", "image_mean", "image_std"),
-    "mode": ("size", "tile_size"),
-    "size": ("mode",),
-    "tile_size": ("mode",),
-    "do_resize": ("mode",),
-}
+_VOIDED_BY: dict[str, tuple[str, ...]] = dict.fromkeys(("size", "tile_size", "do_resize"), ("mode",))
+_VOIDED_BY |= {"preset": ("mode", "do_pad", "image_mean", "image_std"), "mode": ("size", "tile_size")}
 # What a JSON file says about the class.
 FILE_FIELDS = ("image_processor_type", "processor_class", "auto_map")
 CHANNEL_ORDERS = ("channels_first", "channels_last")
