@@ -59,7 +59,8 @@ def encode_on_ray(
                 num_gpus=gpus_per_encoder,
             )
         )
-        yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")
+        # As many at once as an encoder gives, and not all that Ray has together, so that parts are as asked for.
+        yield from rows.iter_batches(batch_size=encoder.batch_size, batch_format="pyarrow")
     finally:
         ray.shutdown()
 

@@ -222,6 +222,7 @@ def test_ray_fills_the_same_table_and_goes_on_with_what_another_began(tiny_model
     options = {"ray": "local", "num_encoders": 2, "num_workers": 1, "timeout": 60}
     summary = encode(scans, tiny_model, tmp_path / "tokens", **options)
     assert (summary.num_pages, summary.num_new, len(summary.problems)) == (7, 5, 1)
+    assert len(TokenTable(tmp_path / "tokens").parts) == 1 + 3  # of two pages each, and not of all that Ray has
     assert "truncated" in (tmp_path / "tokens" / "errors.jsonl").read_text()
     assert_same(tmp_path / "tokens", tmp_path / "untouched")
     monkeypatch.chdir(tmp_path)
