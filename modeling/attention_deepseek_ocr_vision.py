@@ -20,7 +20,7 @@ by rounding only:
   logit is a plain dot product, [scaling * q, rel_h, rel_w] . [k, onehot(i), onehot(j)], which flash kernels take.
 - `"sdpa_masked"`: the bias as a tensor, handed to SDPA as its mask.
 
-`"sdpa"` is the first of them on a CPU, the second on a GPU, and the third where a graph is compiled, exported or
+`"sdpa"` is the second of them on a GPU; on a CPU it is the first, and the third where a graph is compiled, exported or
 traced. Named there, the first is one operator in a compiled or exported graph. `"eager"` and functions registered with
 transformers' `AttentionInterface` get the bias as a tensor too. The CLIP stage has no bias; there all three names mean
 SDPA.
@@ -648,9 +648,9 @@ def _formulation(name: str, device: torch.device) -> str:
     """What `"sdpa"` means for attention with relative positions."""
     if name != "sdpa":
         return name
-    if is_recording() or device.type == "meta":
-        return "sdpa_masked"
-    return "blockwise" if device.type == "cpu" else "sdpa_folded"
+    if device.type not in ("cpu", "meta"):
+        return "sdpa_folded"
+    return "sdpa_masked" if is_recording() or device.type == "meta" else "blockwise"
 
 
 class SamAttention(nn.Module):

@@ -81,8 +81,8 @@ def pad_and_concatenate(
         for page, own, grid in zip(pages, of_each, grids, strict=True)
     ]
     hidden_states = pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows], device=pages.device)
-    mask = torch.arange(hidden_states.shape[1], device=pages.device) < lengths[:, None]
+    # Made where the tokens are: an accelerator would wait for lengths from the host.
+    mask = pad_sequence([row.new_ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
     return hidden_states, mask, torch.stack([row.mean(dim=0) for row in rows])
 
 
