@@ -30,6 +30,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NOTEBOOK = ROOT / "examples" / "first_ten_minutes.ipynb"
 # How many blocks of a page cannot be run, each with its reason in the page.
 NOT_RUN = {"deepseek_ocr.md": 1, "encoding.md": 1, "migrating.md": 3, "weights.md": 1}
+WIDTH_OF_CODE = 88  # characters, as docs/site.css has room for
 # Commands and modules of other people.
 FOREIGN = {"git", "pip", "swift", "timeit"}
 
@@ -62,6 +63,15 @@ def pages_with(language: str) -> list:
     """The pages that have blocks of a language, as parameters of a test."""
     found = [page for page in PAGES if any(block.language == language for block in blocks(page))]
     return [pytest.param(page, id=page.name) for page in found]
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES[2:]])
+def test_code_fits_the_width_of_a_page(page):
+    """Pins commands whose options are only seen by scrolling; what a command prints may be wider."""
+    code = [
+        line for block in blocks(page) if block.language not in ("text", "json") for line in block.code.split("\n")
+    ]
+    assert [line for line in code if len(line) > WIDTH_OF_CODE] == []
 
 
 @pytest.fixture(scope="module")
