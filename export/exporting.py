@@ -80,6 +80,8 @@ class _Tokens(nn.Module):
 class _FixedEmbeddings(nn.Module):
     """The CLIP stage's embeddings for grids of one size, with what they add to a grid as a table."""
 
+    added: torch.Tensor
+
     def __init__(self, embeddings: nn.Module, grid: torch.Tensor):
         super().__init__()
         self.register_buffer("added", embeddings(torch.zeros_like(grid)))  # [1, N (+ 1), C]
@@ -91,6 +93,9 @@ class _FixedEmbeddings(nn.Module):
 
 class _TokensOfImages(_Tokens):
     """The same of images as they are stored, uint8 [B, height, width, 3], which it normalises itself."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
 
     def __init__(self, model: DeepSeekOCRVisionModel, image_processor: DeepSeekOCRVisionImageProcessor):
         super().__init__(model)

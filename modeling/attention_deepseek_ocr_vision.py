@@ -483,12 +483,14 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        qkv, table_h, table_w, output = ctx.saved_tensors
         if torch.is_grad_enabled():
             # Somebody wants to differentiate what comes out here.
             plain = partial(_windowed_attention, "eager", ctx.module, ctx.shape)
-            gradients = torch.func.vjp(plain, *ctx.saved_tensors[:3])[1](grad_output)
+            gradients = torch.func.vjp(plain, qkv, table_h, table_w)[1](grad_output)
         else:
-            gradients = _blockwise_gradients(*ctx.saved_tensors, grad_output, ctx.module.num_heads, ctx.shape)
+            sizes = (ctx.module.num_heads, ctx.shape)
+            gradients = _blockwise_gradients(qkv, table_h, table_w, output, grad_output, *sizes)
         return *gradients, None, None
 
     @staticmethod
