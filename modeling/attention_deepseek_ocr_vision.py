@@ -66,7 +66,7 @@ _EAGER_ONLY = (
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype for steps that lose too much in half precision: float32, or float64 if that is what comes in."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def is_recording() -> bool:

@@ -142,7 +142,7 @@ class FeedForward(nn.Module):
         self.add_module(names[1], nn.Linear(hidden_width, width))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [..., C] -> [..., C]
-        expand, contract = (self.get_submodule(name) for name in self.names)
+        expand, contract = getattr(self, self.names[0]), getattr(self, self.names[1])
         return feed_forward(hidden_states, expand, self.act, contract)
 
 
