@@ -257,11 +257,9 @@ def window_partition(
     batch_size, height, width, channels = grid.shape
     rows, columns = (_num_windows(length, side) for length, side in zip((height, width), window, strict=True))
     if padding is not None:
-        whole = (rows * window[0], columns * window[1])
-        # A graph for every size has as much padding for all, and cuts off what is too much.
-        below, beside = window if is_open(height) or is_open(width) else (whole[0] - height, whole[1] - width)
-        grid = torch.cat([grid, padding.expand(batch_size, below, width, channels)], dim=1)[:, : whole[0]]
-        grid = torch.cat([grid, padding.expand(batch_size, whole[0], beside, channels)], dim=2)[:, :, : whole[1]]
+        below = padding.expand(batch_size, rows * window[0] - height, width, channels)
+        beside = padding.expand(batch_size, rows * window[0], columns * window[1] - width, channels)
+        grid = torch.cat([torch.cat([grid, below], dim=1), beside], dim=2)
     windows = grid.view(batch_size, rows, window[0], columns, window[1], channels).transpose(2, 3)
     return windows.reshape(batch_size * rows * columns, *window, channels)
 
@@ -277,8 +275,7 @@ def window_unpartition(
     batch_size = num_windows // (rows * columns)
     windows = windows.view(batch_size, rows, columns, *window, channels).transpose(2, 3)
     grid_of_windows = windows.reshape(batch_size, rows * window[0], columns * window[1], channels)
-    cut = grid_of_windows[:, :height, :width]
-    return cut.clone(memory_format=torch.contiguous_format) if is_open(height) or is_open(width) else cut
+    return grid_of_windows[:, :height, :width]
 
 
 def _num_windows(length: int, side: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -31,6 +32,13 @@ needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden value
 
 
 tiny_config = DeepSeekOCRVisionConfig.tiny
+
+
+def free_port() -> str:
+    """A port for processes that a test starts; accelerate below 1.7 chooses none by itself."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
 
 
 def pixels(batch: int = 2, height: int = 128, width: int = 128, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:

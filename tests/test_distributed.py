@@ -11,7 +11,7 @@ import training_job
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import merge_fsdp_weights, prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from helpers import FEATURE_MODES, TOLERANCE, pixels, relative_error, tiny_config
+from helpers import FEATURE_MODES, TOLERANCE, free_port, pixels, relative_error, tiny_config
 from training_job import Job, needs_fsdp_on_cpu, result_of, tensors_of
 from transformers import LlavaForConditionalGeneration
 
@@ -64,8 +64,13 @@ def alone(tmp_path_factory, starts) -> dict[str, Job]:
 def ddp(tmp_path_factory, starts) -> dict[str, Job]:
     """Each subject in two processes that talk by gloo, started by `accelerate launch`."""
     todo = jobs(tmp_path_factory.mktemp("ddp"), starts, num_processes=2)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "two_cpus.yaml")]
-    command += [training_job.__file__, training_job.as_json(*todo.values())]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port()]
+    command += [
+        "--config_file",
+        str(CONFIGS / "two_cpus.yaml"),
+        training_job.__file__,
+        training_job.as_json(*todo.values()),
+    ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=training_job.TIME_LIMIT, check=False)
     assert process.returncode == 0, process.stderr
     return todo
@@ -73,7 +78,7 @@ def ddp(tmp_path_factory, starts) -> dict[str, Job]:
 
 def launcher_arguments(config: str, *options: str) -> Namespace:
     """What `accelerate launch` makes of one of the examples' configurations."""
-    arguments = ["--config_file", str(CONFIGS / config), *options, "train.py"]
+    arguments = ["--config_file", str(CONFIGS / config), "--main_process_port", free_port(), *options, "train.py"]
     return _validate_launch_command(launch_command_parser().parse_args(arguments))[0]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import training_job
 import transformers
-from helpers import assert_same_weights
+from helpers import assert_same_weights, free_port
 from packaging import version
 from training_job import Job, needs_fsdp_on_cpu, result_of, tensors_of
 from transformers import AutoModel, LlavaForConditionalGeneration
@@ -110,7 +110,7 @@ TIME_LIMIT = 600  # seconds
 @contextmanager
 def finetuning(folder: Path, output: Path, *options: str) -> Iterator[subprocess.Popen]:
     """`examples/finetune.py` started by accelerate in two processes, as its documents say."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port()]
     launcher += ["--config_file", str(EXAMPLES / "accelerate" / "two_cpus.yaml"), str(EXAMPLES / "finetune.py")]
     few = ["--max_steps", str(STEPS), "--save_steps", "2", "--eval_steps", "2", "--logging_steps", "1"]
     few += [
