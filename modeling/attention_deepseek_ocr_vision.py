@@ -74,11 +74,6 @@ def is_recording() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def is_open(size: int | torch.SymInt) -> bool:
-    """Whether a graph may leave a size open. A comparison would fix it, or make one more graph."""
-    return isinstance(size, torch.SymInt) or torch.compiler.is_dynamo_compiling()
-
-
 def block_dtype(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> torch.dtype:
     """The dtype in which a CPU computes blocks of attention fastest: float32 in place of a half precision that it
     would have to emulate, which takes four times as long.
@@ -202,18 +197,19 @@ def split_heads(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.
     return query, key, value
 
 
-def relative_positions(table: torch.Tensor, size: int) -> torch.Tensor:
+def relative_positions(table: torch.Tensor, size: int, *, is_open: bool = False) -> torch.Tensor:
     """Pick the row for every pair of a query and a key along one axis.
 
     Args:
         table: [2n - 1, D], for offsets -(n - 1) to n - 1; resized linearly in float32 if n is not `size`.
         size: Positions along the axis.
+        is_open: Whether a graph leaves `size` open, which a comparison with it would fix.
 
     Returns:
         [size, size, D], entry (query, key) for the offset query - key, in float32 at least.
     """
     table = table.to(at_least_float32(table.dtype))  # in which the gradients of a row are added up
-    if is_open(size) or table.shape[0] != 2 * size - 1:
+    if is_open or table.shape[0] != 2 * size - 1:
         table = F.interpolate(table.t()[None], size=2 * size - 1, mode="linear")[0].t()
     positions = torch.arange(size, device=table.device)
     return table[positions[:, None] - positions[None, :] + size - 1]
@@ -677,20 +673,21 @@ class SamAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, H, W, C] -> [B, H, W, C]
         batch_size, height, width, channels = hidden_states.shape
         window = (self.window_size or height, self.window_size or width)
+        name = _formulation(self.config._attn_implementation, hidden_states.device)
+        is_open = name == "blockwise" and torch.compiler.is_compiling()  # the operator is one for every size
         tokens = hidden_states.flatten(0, 2)  # [B x H x W, C]
-        if self.window_size and (is_open(height) or is_open(width) or height % window[0] or width % window[1]):
+        if self.window_size and (is_open or height % window[0] or width % window[1]):
             # Windows at the edge are filled up with zeros, and no mask hides them: they take part as keys and values.
             # The released weights were trained so. One row of zeros at the end stands for all of them.
             tokens = torch.cat([tokens, tokens.new_zeros(1, channels)])
         qkv = self.qkv(tokens)  # [B x H x W (+ 1), 3C]
-        table_h = relative_positions(self.rel_pos_h, window[0]).to(qkv.dtype)  # [S, S, D]
-        table_w = relative_positions(self.rel_pos_w, window[1]).to(qkv.dtype)  # [T, T, D]
+        table_h = relative_positions(self.rel_pos_h, window[0], is_open=is_open).to(qkv.dtype)  # [S, S, D]
+        table_w = relative_positions(self.rel_pos_w, window[1], is_open=is_open).to(qkv.dtype)  # [T, T, D]
         shape = (batch_size, height, width)
-        name = _formulation(self.config._attn_implementation, qkv.device)
         if name == "blockwise":
             # Everything has one dtype by now, which autocast would change for some steps and not for others.
             with torch.autocast(qkv.device.type, enabled=False):
-                if torch.compiler.is_compiling():
+                if is_open:
                     output = _blockwise_operator(qkv, table_h, table_w, self.num_heads, shape)
                 else:
                     output = _BlockwiseAttention.apply(qkv, table_h, table_w, self, shape)
