@@ -10,10 +10,10 @@ import pickle
 from collections.abc import Collection, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
+from deepseek_ocr_vision.configuration.extras import require
 from deepseek_ocr_vision.encoding.encoder import Encoder, Page
 from deepseek_ocr_vision.encoding.processes import Worker
 from deepseek_ocr_vision.encoding.sources import Prepare
-from deepseek_ocr_vision.encoding.table import require
 
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from deepseek_ocr_vision.configuration.extras import require
 from deepseek_ocr_vision.encoding.encoder import Inputs, Page, printable
 from deepseek_ocr_vision.encoding.processes import Failure, attempt, map_in_processes
-from deepseek_ocr_vision.encoding.table import Problem, require
+from deepseek_ocr_vision.encoding.table import Problem
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import IMAGE_FORMATS, open_image, read_image
 from deepseek_ocr_vision.saving.checksums import sha256_of
 
@@ -160,7 +161,7 @@ def _open(content: Content) -> Any:
         _read_heic()
         return open_image(file, "the file")
     file.close()
-    pypdfium2 = require("pypdfium2", "Reading PDFs")
+    pypdfium2 = require("pypdfium2", "Reading PDFs", extra="encode")
     try:
         document = pypdfium2.PdfDocument(content)
     except pypdfium2.PdfiumError as error:
@@ -315,7 +316,7 @@ def find_pages(
         else:
             raise FileNotFoundError(f"There is no file, folder or dataset {given!r}.")
     if any(path.lower().endswith(".pdf") for path in is_named):
-        require("pypdfium2", "Reading PDFs")
+        require("pypdfium2", "Reading PDFs", extra="encode")
     limit = None if timeout is None else 10 * timeout  # a file is read as a whole, whatever its size
     for path, pages in map_in_processes(_find_file, is_named, num_workers=num_workers, ahead=100, timeout=limit):
         _sort_in(path, pages, found, is_named=is_named[path])

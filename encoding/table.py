@@ -9,7 +9,6 @@ A part appears in one step and never changes, so the table can be read at any mo
 Letters in the shapes: M images, N tokens of an image, C channels.
 """
 
-import importlib
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import torch
 
+from deepseek_ocr_vision.configuration.extras import require
 from deepseek_ocr_vision.saving.staging import PREFIX, locked, staging_folder
 
 
@@ -303,20 +303,8 @@ def _differences(stored: Any, given: Any, name: str = "") -> list[str]:
     return [] if stored == given else [f"{name} is {stored!r} there and {given!r} now"]
 
 
-def require(module: str, purpose: str, *, extra: str = "encode") -> Any:
-    """A module that an extra of this package brings.
-
-    Raises:
-        ImportError: It is not installed; the message says how to.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{purpose} needs {module}: pip install 'deepseek-ocr-vision[{extra}]'") from error
-
-
 def require_pyarrow() -> Any:
-    return require("pyarrow", "A table of tokens")
+    return require("pyarrow", "A table of tokens", extra="encode")
 
 
 def load_pages(location: str | os.PathLike) -> "datasets.Dataset":
@@ -338,7 +326,7 @@ def load_pages(location: str | os.PathLike) -> "datasets.Dataset":
         ImportError: `datasets` is not installed.
         ValueError: A part is damaged.
     """
-    datasets = require("datasets", "load_pages")
+    datasets = require("datasets", "load_pages", extra="encode")
     table = TokenTable(location)
     if not table.parts:
         raise FileNotFoundError(f"{location} has no parts: no page was encoded into it yet.")

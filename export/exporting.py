@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_choice, require_integer
+from deepseek_ocr_vision.configuration.extras import require
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import resize_positions
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
@@ -146,7 +146,8 @@ def export_encoder(
             f"`model` is in {model.dtype} on {model.device}; it has to be in float32 or float16 on the CPU."
         )
     height, width = _page_size(model, size)
-    _require_packages(format)
+    for package in _PACKAGES[format]:
+        require(package, f"Export to {format}", extra="export")
     image_processor = image_processor or model.default_image_processor()
     module = _TokensOfImages(model, image_processor) if raw_images else _Tokens(model)
     batches = [_random_input(number, height, width, model, raw_images) for number in (2, 1)]
@@ -177,16 +178,6 @@ def _page_size(model: DeepSeekOCRVisionModel, size: int | tuple[int, int] | None
         if require_integer("size", side, at_least=1) % model.config.patch_size:
             raise ValueError(f"`size` is {size}; height and width have to be multiples of {model.config.patch_size}.")
     return height, width
-
-
-def _require_packages(format: Format) -> None:
-    for package in _PACKAGES[format]:
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise ImportError(
-                f"Export to {format} needs {package}: pip install 'deepseek-ocr-vision[export]'"
-            ) from error
 
 
 def _random_input(

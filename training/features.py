@@ -23,11 +23,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some, require_choice, require_integer
+from deepseek_ocr_vision.configuration.extras import require
 from deepseek_ocr_vision.encoding.encode_pages import encode_locally, write_parts
 from deepseek_ocr_vision.encoding.encoder import Encoder, Page, encoder_fingerprint
 from deepseek_ocr_vision.encoding.processes import Failure
 from deepseek_ocr_vision.encoding.sources import Column, Prepare
-from deepseek_ocr_vision.encoding.table import STORED_TYPES, TokenTable, canonical, require
+from deepseek_ocr_vision.encoding.table import STORED_TYPES, TokenTable, canonical
 from deepseek_ocr_vision.training.collator import ImageTextCollator, PaddingSide
 
 

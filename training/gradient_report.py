@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepseek_ocr_vision.configuration.extras import require
+
 from .gradient_problems import notes_of, problems_of
 from .gradient_rows import GradientRow, State, gradient_row, layer_groups, local_part
 
@@ -209,11 +211,8 @@ def _bullet(sentence: str) -> str:
 
 def _draw(rows: list[GradientRow], path: str | os.PathLike) -> None:
     """Draw a line a group, the pixels at the top: its norm, or beside the scale a mark of what is in its place."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("`plot` needs matplotlib: pip install 'deepseek-ocr-vision[train]'") from error
-    figure = Figure(figsize=(8, 1.2 + 0.22 * len(rows)), layout="constrained")
+    matplotlib = require("matplotlib.figure", "`plot`", extra="train")
+    figure = matplotlib.Figure(figsize=(8, 1.2 + 0.22 * len(rows)), layout="constrained")
     axes = figure.subplots()
     _set_scale(axes, rows)
     _shade_encoders(axes, rows)

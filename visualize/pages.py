@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
+from deepseek_ocr_vision.configuration.extras import require
 from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import input_device
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import read_image
 from deepseek_ocr_vision.saving.staging import staging_folder
@@ -296,11 +297,7 @@ def view_page(model: Any, image: Any, *, image_processor: Any = None) -> PageVie
 
 def colormap(name: Colormap) -> Any:
     """matplotlib's colours of a name."""
-    try:
-        from matplotlib import colormaps
-    except ImportError as error:
-        raise ImportError("Images need matplotlib: pip install 'deepseek-ocr-vision[train]'") from error
-    return colormaps[name]
+    return require("matplotlib", "Drawing", extra="train").colormaps[name]
 
 
 def draw_frame(image: Image.Image, box: Box) -> None:
