@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from benchmarks.stored_tokens import write
-from benchmarks.workloads import peak_memory, resident_memory
+from benchmarks.workloads import peak_memory, resident_memory, return_freed_memory
 from deepseek_ocr_vision import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.composites import DeepSeekOCRConfig, DeepSeekOCRForConditionalGeneration
 from deepseek_ocr_vision.training import LANGUAGE_MODEL_LORA_TARGETS, LORA_TARGETS
@@ -111,6 +111,7 @@ def measure(case: Case, *, quick: bool) -> dict[str, float]:
         "trained": sum(each.numel() for each in trained),
         "parameters": sum(map(torch.numel, model.parameters())),
     }
+    return_freed_memory()
     held, peak = resident_memory() - imported, peak_memory() - imported
     return counts | {"formula": formula, "held": held, "peak": peak, "seconds": seconds}
 

@@ -125,9 +125,7 @@ class Workload:
         for module in (self.model, self.projector):
             if module is not None:
                 module.zero_grad(set_to_none=True)
-        # Only glibc has it.
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
 
     def product(self) -> dict[str, float]:
         """The speed of a plain matrix product, that of the first linear layer of SAM's MLP at this size.
@@ -170,6 +168,12 @@ def synchronize(device: str) -> None:
     """Wait until a GPU has computed what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def return_freed_memory() -> None:
+    """Give the system what this process has freed and its allocator keeps; only glibc can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_memory() -> int:
