@@ -1,6 +1,5 @@
 """`gradient_report`: every diagnosis by a model that really fails so."""
 
-import builtins
 import math
 from datetime import timedelta
 
@@ -534,18 +533,3 @@ def test_the_image_shows_every_state(reader, tmp_path):
     report.plot(tmp_path / "gradient_flow.svg")
     image = (tmp_path / "gradient_flow.svg").read_text()
     assert all(f"<!-- {text} -->" in image for text in [*states(report), *states(report).values()])
-
-
-def test_an_image_without_matplotlib_is_an_error_that_says_what_to_install(reader, tmp_path, monkeypatch):
-    """Pins the plain installation, in which all but the image works."""
-    original = builtins.__import__
-
-    def without_matplotlib(name, *arguments, **options):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *arguments, **options)
-
-    report = gradient_report(reader, reader(pixels()))
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(ImportError, match=r"pip install 'deepseek-ocr-vision\[train\]'"):
-        report.plot(tmp_path / "gradient_flow.png")
