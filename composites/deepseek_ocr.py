@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, NoRepeatNGramLogitsProcessor
 from transformers.utils import can_return_tuple
 
-from deepseek_ocr_vision.composites.deepseek_ocr_weights import WriteReport, load_whole, write_whole
+from deepseek_ocr_vision.composites.deepseek_ocr_weights import WriteReport, check_whole, load_whole, write_whole
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import (
     require_choice,
@@ -306,8 +306,13 @@ class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditiona
                 or weights are missing, unknown or of another shape. The message names them.
             OSError: The checkpoint cannot be read.
         """
-        _require_own_kind(pretrained_model_name_or_path, kwargs)
         kwargs.setdefault("use_safetensors", True)
+        if pretrained_model_name_or_path is not None:
+            contents = _own_config(pretrained_model_name_or_path, kwargs)
+            lenient = ignore_mismatched_sizes or output_loading_info
+            kwargs = check_whole(
+                cls, pretrained_model_name_or_path, contents, allow_mismatched=lenient, options=kwargs
+            )
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path,
             *model_args,
@@ -395,17 +400,20 @@ def _require_router_gradients(model: nn.Module, router_logits: tuple[torch.Tenso
         )
 
 
-def _require_own_kind(source: str | os.PathLike | None, options: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose configuration is not of this model's kind."""
-    if source is None or options.get("config") is not None:
-        return
+def _own_config(source: str | os.PathLike, options: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's configuration says, which has to be of this model's kind."""
+    config = options.get("config")
+    if isinstance(config, DeepSeekOCRConfig):
+        return config.to_dict()
     hub_options = {name: options[name] for name in (*HUB_OPTIONS, "subfolder") if name in options}
-    model_type = read_config_of(source, **hub_options).get("model_type")
+    contents = read_config_of(source if config is None else config, **hub_options)
+    model_type = contents.get("model_type")
     if model_type != DeepSeekOCRConfig.model_type:
         raise ValueError(
             f"{source} is a checkpoint of the kind {model_type!r}, not {DeepSeekOCRConfig.model_type!r}. A released "
             "DeepSeek-OCR or Unlimited-OCR is loaded by `DeepSeekOCRForConditionalGeneration.from_deepseek_ocr`."
         )
+    return contents
 
 
 # What transformers calls its modules, from the names of the released checkpoint, in which it loads and saves them.

@@ -7,20 +7,25 @@ under the released names, and nothing is in memory twice.
 
 import json
 import os
+import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 
 from deepseek_ocr_vision.composites.prompts import IMAGE_TOKEN
+from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import problems_with
 from deepseek_ocr_vision.saving.saving_deepseek_ocr_vision import CHECKSUMS
-from deepseek_ocr_vision.weights.checkpoints import compare_checksums, open_local
-from deepseek_ocr_vision.weights.names import match_tensors
+from deepseek_ocr_vision.weights.before_loading import open_before_loading
+from deepseek_ocr_vision.weights.checkpoints import LocalCheckpoint, compare_checksums, open_local
+from deepseek_ocr_vision.weights.names import match_tensors, our_name
 from deepseek_ocr_vision.weights.reading import chosen_dtype, widest_dtype
 from deepseek_ocr_vision.weights.repository import HUB_OPTIONS, local_checkpoint
-from deepseek_ocr_vision.weights.sizes import config_of_checkpoint
+from deepseek_ocr_vision.weights.safetensors_files import require_float
+from deepseek_ocr_vision.weights.sizes import MAX_MORE_LAYERS, check_layers, config_of_checkpoint, expected_shapes
 from deepseek_ocr_vision.weights.writing import WriteReport, weights_of, write_weights
 
 
@@ -49,6 +54,10 @@ _OUR_PREFIXES = (
     ("model.language_model.", ""),
     ("model.", ""),
 )
+_COUNTS = {
+    "num_hidden_layers": r"^layers\.(\d+)\.",
+    "n_routed_experts": r"\.mlp\.experts\.(\d+)\.",
+}
 _EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -58,13 +67,11 @@ def load_whole(model_class: Any, source: str | os.PathLike, *, dtype: str | torc
     checkpoint = open_local(local_checkpoint(source, "source", patterns=_NEEDED_FILES, **hub_options))
     compare_checksums(checkpoint.folder)
     stated = {"image_token_id": image_token_of(checkpoint.folder)} | fields_of_config(checkpoint.config)
-    config = model_class.config_class.from_dict(
-        {name: value for name, value in stated.items() if value is not None} | options
-    )
+    fields = {name: value for name, value in stated.items() if value is not None} | options
+    config = _config_for(model_class, fields, checkpoint)
+    sources = match_tensors(checkpoint.shapes, _released_shapes(model_class, config, checkpoint), whole=True)
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
-    shapes = {name: tuple(view.shape) for name, view in released_views(model.state_dict(), checkpoint.tensors).items()}
-    sources = match_tensors(checkpoint.shapes, shapes, whole=True)
     chosen = chosen_dtype(dtype) or widest_dtype(checkpoint, sources)
     weights = {
         name: torch.empty(parameter.shape, dtype=torch.float32 if is_router(name) else chosen)
@@ -78,6 +85,57 @@ def load_whole(model_class: Any, source: str | os.PathLike, *, dtype: str | torc
     model.config.dtype = chosen
     model.generation_config.pad_token_id = config.text_config.eos_token_id
     return model.eval()
+
+
+def check_whole(
+    model_class: Any,
+    source: str | os.PathLike,
+    contents: dict[str, Any],
+    *,
+    allow_mismatched: bool,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Check headers, dtypes and sizes of what `from_pretrained` is about to load; no weight is read.
+
+    Returns:
+        The options for transformers. For a Hub id they name the commit whose files have been checked.
+    """
+    checkpoint, options = open_before_loading(source, contents.get("transformers_weights"), options)
+    if checkpoint is None or (contents | options).get("quantization_config") is not None:
+        return options
+    for name, entry in checkpoint.tensors.items():
+        require_float(checkpoint.folder / entry.file, name, entry)
+    expected = _released_shapes(model_class, _config_for(model_class, contents, checkpoint), checkpoint)
+    shapes = [(name, entry.shape, expected.get(our_name(name).key)) for name, entry in checkpoint.tensors.items()]
+    mismatched = [(name, found, shape) for name, found, shape in shapes if shape not in (None, found)]
+    if mismatched and not allow_mismatched:
+        problems = problems_with(missing=(), unexpected=(), mismatched=mismatched)
+        raise ValueError(f"{source} does not fit the model. {problems}.")
+    return options
+
+
+def _config_for(model_class: Any, fields: dict[str, Any], checkpoint: LocalCheckpoint) -> Any:
+    """A configuration, unless it states far more layers or experts than a checkpoint has."""
+    keys, text_fields = [our_name(name).key for name in checkpoint.tensors], fields.get("text_config")
+    for field, pattern in _COUNTS.items() if isinstance(text_fields, dict) else ():
+        found = {match[1] for key in keys if (match := re.search(pattern, key))}
+        stated = text_fields.get(field)
+        # Without single experts there are those that transformers saves as one tensor a layer.
+        if found and isinstance(stated, int) and stated > len(found) + MAX_MORE_LAYERS:
+            raise ValueError(f"`text_config.{field}` is {stated:,}; the checkpoint's weights have {len(found)}.")
+    try:
+        config = model_class.config_class.from_dict(fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"The configuration is none that transformers takes: {error}") from error
+    check_layers(config.vision_config, keys)
+    return config
+
+
+def _released_shapes(model_class: Any, config: Any, checkpoint: LocalCheckpoint) -> dict[str, tuple[int, ...]]:
+    """Released name to shape of a model's tensors, without making them."""
+    shapes = expected_shapes(model_class, config)
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {name: tuple(view.shape) for name, view in released_views(weights, checkpoint.tensors).items()}
 
 
 def write_whole(model: Any, base: str | os.PathLike, target: str | os.PathLike, **hub_options: Any) -> WriteReport:

@@ -205,6 +205,45 @@ def test_from_pretrained_refuses_missing_weights(tmp_path, model):
         DeepSeekOCRForConditionalGeneration.from_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("way", ["from_pretrained", "from_deepseek_ocr"])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", 10**6, "`text_config.num_hidden_layers` is 1,000,000; the checkpoint's weights have 3"),
+        ("n_routed_experts", 10**9, "`text_config.n_routed_experts` is 1,000,000,000"),
+        ("intermediate_size", 50_000_000, r"expected \[50000000, 48\]"),
+        ("hidden_size", 2**62, "sizes are beyond"),
+    ],
+)
+def test_sizes_that_do_not_match_the_files_are_refused_at_once(tmp_path, model, way, field, value, message):
+    """Pins numbers in a configuration that were allocated, or built layer by layer, before shapes were compared."""
+    model.save_pretrained(tmp_path)
+    contents = json.loads((tmp_path / "config.json").read_text())
+    contents["text_config"][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=message):
+        getattr(DeepSeekOCRForConditionalGeneration, way)(tmp_path)
+
+
+def test_what_is_saved_of_a_whole_model_is_checked_as_an_encoder_is(tmp_path, model):
+    """Pins an index that leads out of the folder, a file that is cut, and integers that are taken for weights."""
+    model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    index, shard = (
+        tmp_path / "saved" / "model.safetensors.index.json",
+        next((tmp_path / "saved").glob("*.safetensors")),
+    )
+    sound, contents = index.read_text(), shard.read_bytes()
+    index.write_text(sound.replace(shard.name, f"../{shard.name}"))
+    shard.rename(tmp_path / shard.name)
+    with pytest.raises(ValueError, match="no safetensors file in the same folder; refused"):
+        DeepSeekOCRForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    index.write_text(sound)
+    for damaged, message in ((contents[:-1], "is cut"), (contents.replace(b'"F32"', b'"I32"'), "has dtype I32")):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{shard.name}.* {message}"):
+            AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+
+
 def test_in_one_step_out_and_in_again_is_exact(tmp_path, released):
     """Pins the round trip after training: everything trained is in the released layout, and transformers' own class
     computes the same from it.

@@ -23,7 +23,7 @@ from transformers.utils import (
 from deepseek_ocr_vision.configuration.at_home import refuse_whole_model
 from deepseek_ocr_vision.modeling.loading_deepseek_ocr_vision import check_loading_info
 
-from .checkpoints import open_weights, read_index, require_name
+from .checkpoints import LocalCheckpoint, open_weights, read_index, require_name
 from .names import raise_foreign
 from .repository import HUB_OPTIONS
 from .safetensors_files import DTYPES, TensorEntry, require_float
@@ -51,7 +51,7 @@ def check_before_loading(
         ValueError: A file is corrupt or leads out of the folder, the weights do not fit the configuration, or there is
             an adapter in place of a model.
     """
-    if options.get("use_safetensors") is False or options.get("gguf_file") is not None:
+    if _without_safetensors(options):
         return options
     _refuse_adapter(source, options)
     try:
@@ -59,10 +59,9 @@ def check_before_loading(
     except OSError:
         # transformers says what is wrong, or finds adapters, which have no configuration of a model.
         return options
-    path = _weights_file(source, config, options)
-    if path is None:
+    checkpoint, options = open_before_loading(source, getattr(config, "transformers_weights", None), options)
+    if checkpoint is None:
         return options
-    checkpoint = open_weights(path, {})
     found = _without_prefix(checkpoint.tensors)
     check_layers(config, found)
     expected = expected_shapes(model_class, config)
@@ -77,9 +76,30 @@ def check_before_loading(
     for key in expected:
         if key in found:
             require_float(checkpoint.folder / found[key].file, key, found[key])
-    if os.path.exists(source):
-        return options
-    return options | {"revision": _commit_of(path, options), "force_download": False}
+    return options
+
+
+def open_before_loading(
+    source: str | os.PathLike, named: Any, options: dict[str, Any]
+) -> tuple[LocalCheckpoint | None, dict[str, Any]]:
+    """The weights that transformers will choose, by their headers, which are checked, and the options for it.
+
+    `named` is the file that the configuration names as `transformers_weights`, if it does.
+
+    Of a Hub id the options name the commit whose files have been checked. Where a folder has no safetensors there is
+    no checkpoint: transformers says so.
+    """
+    path = None if _without_safetensors(options) else _weights_file(source, named, options)
+    if path is None:
+        return None, options
+    checkpoint = open_weights(path, {})
+    if not os.path.exists(source):
+        options = options | {"revision": _commit_of(path, options), "force_download": False}
+    return checkpoint, options
+
+
+def _without_safetensors(options: dict[str, Any]) -> bool:
+    return options.get("use_safetensors") is False or options.get("gguf_file") is not None
 
 
 def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -114,14 +134,13 @@ def _config(model_class: type[PreTrainedModel], source: str | os.PathLike, optio
     return config_class.from_pretrained(place, return_unused_kwargs=True, **fields)[0]
 
 
-def _weights_file(source: str | os.PathLike, config: PreTrainedConfig, options: dict[str, Any]) -> Path | None:
+def _weights_file(source: str | os.PathLike, named: Any, options: dict[str, Any]) -> Path | None:
     """The safetensors file or the index that transformers will choose, fetched if it is on the Hub.
 
     `None` if a folder on this machine has neither: transformers says so.
     """
     if os.path.isfile(source):
         return Path(source)
-    named = getattr(config, "transformers_weights", None)
     variant = options.get("variant")
     infix = "" if variant is None else f".{variant}"
     names = [f"{infix}.".join(name.rsplit(".", 1)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
