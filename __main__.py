@@ -7,6 +7,7 @@ Thin over the package: `extract` is `from_deepseek_ocr`, `write-back` is `write_
 
 import argparse
 import inspect
+import io
 import json
 import os
 import sys
@@ -43,8 +44,7 @@ def extract(options: argparse.Namespace) -> int:
     and checksums. Of a repository on the Hub only the encoder's 0.8 GB are fetched.
     """
     hub_options = _chosen(options, "revision", "cache_dir", "preset", "local_files_only")
-    if os.path.exists(options.source):
-        compare_checksums(options.source)
+    compare_checksums(options.source)
     with atomic_write(options.target) as partial:
         model = DeepSeekOCRVisionModel.from_deepseek_ocr(
             options.source, feature_mode=options.feature_mode, dtype=options.dtype, **hub_options
@@ -69,8 +69,7 @@ def write_back(options: argparse.Namespace) -> int:
     Write a full checkpoint in the layout of BASE, with the encoder's weights replaced and everything else byte for
     byte as it was. What the encoder does not have keeps the base's values.
     """
-    if os.path.exists(options.model):
-        compare_checksums(options.model)
+    compare_checksums(options.model)
     model = DeepSeekOCRVisionModel.from_pretrained(options.model, dtype="auto")
     report = model.write_deepseek_ocr(options.base, options.target, **_chosen(options, "revision", "cache_dir"))
     sys.stdout.write(f"{report}\n")
@@ -97,7 +96,7 @@ def show(options: argparse.Namespace) -> int:
     model, image_processor = load_encoder(options.model, preset=options.preset)
     for page, target in zip(options.pages, targets, strict=True):
         view = view_page(model, page_of(page, options.page, dpi=DPI), image_processor=image_processor)
-        title = f"{page.name}: {view.grid[0]} x {view.grid[1]} tokens of {options.model}"
+        title = f"{printable(page.name)}: {view.grid[0]} x {view.grid[1]} tokens of {printable(options.model)}"
         save_image(draw_sheet(view, options.token, layer=options.layer, title=title), target)
         sys.stdout.write(f"{target}\n")
     return 0
@@ -172,6 +171,7 @@ def export(options: argparse.Namespace) -> int:
     Write an encoder as ONNX, pt2 (torch.export) or OpenVINO, for pages of one size, in batches of any. The file is run
     in its own runtime, and kept only if it gives the model's tokens. Needs the extra `export`, but for pt2.
     """
+    compare_checksums(options.model)
     model, image_processor = load_encoder(options.model, **_chosen(options, "feature_mode", "dtype"))
     size = None if options.size is None else tuple(options.size) if len(options.size) == 2 else options.size[0]
     choices = _chosen(options, "format", "raw_images") | {"size": size, "image_processor": image_processor}
@@ -238,6 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 with a message, or 130 after Ctrl-C. argparse itself exits with 2.
     """
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As for errors: what is written may name a file whose name the terminal cannot show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return options.run(options)
     except (ImportError, OSError, TypeError, ValueError) as error:

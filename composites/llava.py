@@ -15,7 +15,7 @@ from deepseek_ocr_vision.composites.small import PADDING_SIDE, byte_tokenizer, s
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
-from deepseek_ocr_vision.weights import default_image_processor
+from deepseek_ocr_vision.weights import compare_checksums, default_image_processor
 
 
 if TYPE_CHECKING:
@@ -242,6 +242,7 @@ def join_checkpoints(
     """Put pretrained parts into a composite; what neither of them has, such as the projector, is newly initialised."""
     weights: dict[str, torch.Tensor] = {}
     if encoder:
+        compare_checksums(encoder)
         tower = DeepSeekOCRVisionModel.from_pretrained(encoder, dtype=dtype)
         weights |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     causal = load_language_model(language_model, dtype=dtype) if language_model else None

@@ -20,6 +20,7 @@ from deepseek_ocr_vision import (
     load_encoder,
 )
 from deepseek_ocr_vision.__main__ import main
+from deepseek_ocr_vision.composites import build_llava
 from deepseek_ocr_vision.hub_upload import stage
 from deepseek_ocr_vision.saving.checksums import write_checksums
 from deepseek_ocr_vision.weights import check_checkpoint
@@ -289,7 +290,9 @@ def test_verify_means_that_it_loads_and_gives_finite_tokens(tmp_path):
 
 
 def test_a_flipped_byte_is_found_before_anything_is_derived(tmp_path):
-    """Pins corruption that gets new checksums: extract, write-back and stage wrote sums of the damaged file."""
+    """Pins corruption that gets new checksums, or none: extract, write-back and stage wrote sums of the damaged file,
+    `export` and `build_llava` files without any.
+    """
     model = DeepSeekOCRVisionModel(tiny_config(feature_mode="projected"))
     released = write_checkpoint(tmp_path / "released", released_tensors(model), model.config)
     assert main(["extract", str(released), str(tmp_path / "encoder")]) == 0
@@ -311,8 +314,10 @@ def test_a_flipped_byte_is_found_before_anything_is_derived(tmp_path):
             model.write_deepseek_ocr(source, out)
         assert main(["extract", str(source), str(out)]) == 1
     assert main(["write-back", encoder, str(released), str(out)]) == 1
-    with pytest.raises(ValueError, match="is not what SHA256SUMS says"):
-        stage(encoder, out, repo_id=REPO)
+    assert main(["export", encoder, "--format", "pt2", "--out", str(out)]) == 1
+    for derive in (lambda: stage(encoder, out, repo_id=REPO), lambda: build_llava(encoder=encoder)):
+        with pytest.raises(ValueError, match="is not what SHA256SUMS says"):
+            derive()
     assert not out.exists()
 
 

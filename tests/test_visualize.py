@@ -1,5 +1,6 @@
 """Seeing what the encoder sees: the numbers, their place on the page, the sheet and the command."""
 
+import os
 import re
 import subprocess
 import sys
@@ -406,6 +407,15 @@ def test_show_takes_a_page_of_a_file_with_several(tmp_path, checkpoint, capsys):
     assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["fax-2-sheet.png"]
     assert main([*arguments, "--page", "3"]) == 1
     assert "fax.tif: there is no page 3; pages go from 1 to 2" in capsys.readouterr().err
+
+
+def test_show_takes_files_of_any_name(tmp_path, checkpoint):
+    """Pins a name that is not UTF-8, which ended the command in the middle, and dollars, taken for a formula."""
+    pages = [os.fsdecode(os.fsencode(tmp_path) + name) for name in (b"/caf\xe9.png", b"/$^$.png")]
+    for page in pages:
+        marked_page(WIDE, "top left").save(page)
+    assert main(["show", *pages, "--model", str(checkpoint), "--out", f"{tmp_path / 'sheets'}/"]) == 0
+    assert sorted(os.listdir(os.fsencode(tmp_path / "sheets"))) == [b"$^$-sheet.png", b"caf\xe9-sheet.png"]
 
 
 def test_show_says_what_is_wrong_before_it_writes(tmp_path, checkpoint, capsys, monkeypatch):

@@ -88,7 +88,7 @@ def _drawn(panels: list[Panel], title: str, *, height_to_width: float) -> Image.
         axes.spines[:].set_color("#bbbbbb")
         if shown is not None and shown.values.ndim == 2:
             _draw_scale(figure, axes, shown, image)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a file's name may hold dollars
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

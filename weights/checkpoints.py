@@ -149,6 +149,8 @@ def _tensors(
 def compare_checksums(source: str | os.PathLike, *, required: bool = False) -> list[str]:
     """Compare a folder, or one file in it, with its `SHA256SUMS`, which need not be there unless they are required.
 
+    A Hub id is no path: of it nothing is compared.
+
     Returns:
         The names of the files that were compared.
 
@@ -158,7 +160,7 @@ def compare_checksums(source: str | os.PathLike, *, required: bool = False) -> l
     """
     path = Path(source)
     folder = path if path.is_dir() else path.parent
-    if not required and not (folder / CHECKSUMS).is_file():
+    if not required and not (path.exists() and (folder / CHECKSUMS).is_file()):
         return []
     if path.is_dir():
         return verify_checksums(folder)
