@@ -10,7 +10,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +42,18 @@ Content = str | bytes
 # Files
 
 
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Make an error of ours of what decoders raise: PdfiumError, SyntaxError, struct.error, EOFError, ..."""
+    try:
+        yield
+    except (ImportError, MemoryError, OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"it cannot be read: {type(error).__name__}: {error}") from error
+
+
+@_in_words()
 def find_pages_in(content: Content, source: str) -> tuple[list[Page], str | None]:
     """The pages of an image or of a document, a PDF or a TIFF of several pages, and which of its frames are none.
 
@@ -69,6 +81,7 @@ def _is_copy(image: Image.Image, number: int) -> bool:
         return False  # reading it says what is wrong
 
 
+@_in_words()
 def open_page(page: Page, contents: Mapping[str, "Column | bytes"], *, dpi: float) -> Image.Image:
     """A page, as far as Pillow opens it.
 
@@ -85,15 +98,7 @@ def open_page(page: Page, contents: Mapping[str, "Column | bytes"], *, dpi: floa
         return content.read(page)
     digest, _, number = page.id.partition(":")
     document = _open_same(content, digest, os.getpid())
-    if not number:
-        return document
-    try:
-        return _page_of(document, int(number), dpi)
-    except (MemoryError, OSError, ValueError):
-        raise
-    except Exception as error:
-        # As broken bytes lead them, decoders raise PdfiumError, SyntaxError, struct.error, EOFError, ...
-        raise ValueError(f"the page cannot be read: {type(error).__name__}: {error}") from error
+    return _page_of(document, int(number), dpi) if number else document
 
 
 def page_of(path: str | os.PathLike, number: int, *, dpi: float) -> Image.Image:

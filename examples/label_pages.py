@@ -19,7 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 from files import write_text
-from PIL import Image, ImageOps
+from PIL import Image
+
+from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import read_image
 
 
 logger = logging.getLogger("label_pages")
@@ -51,7 +53,7 @@ def open_reader() -> Callable[[Image.Image], list[Line]]:
     engine = RapidOCR(params={"Global.text_score": 0.0, "Global.log_level": "warning"})
 
     def read(image: Image.Image) -> list[Line]:
-        result = engine(np.asarray(image.convert("RGB"))[..., ::-1])  # it takes blue, green, red
+        result = engine(np.asarray(image)[..., ::-1])  # it takes blue, green, red
         if result.txts is None:
             return []
         return [
@@ -75,10 +77,14 @@ def in_reading_order(lines: list[Line]) -> str:
 
 
 def label(folder: Path, read: Callable[[Image.Image], list[Line]], *, min_score: float) -> Iterator[dict[str, str]]:
-    """A row for each image of a folder that was read well enough."""
+    """A row for each image of a folder that was read well enough; `read` gets it upright and in RGB."""
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions()):
-        with Image.open(path) as image:
-            lines = [line for line in read(ImageOps.exif_transpose(image)) if line.text.strip()]
+        try:
+            image = read_image(path, "the page", input_data_format=None, do_convert_rgb=True, keeps_tensor=False)[0]
+        except (OSError, ValueError) as error:
+            logger.warning("Left out: %s", error)
+            continue
+        lines = [line for line in read(image) if line.text.strip()]
         if not lines:
             logger.warning("%s is left out: nothing was read on it.", path)
         elif (worst := min(lines, key=lambda line: line.score)).score < min_score:

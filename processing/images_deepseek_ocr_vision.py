@@ -37,12 +37,21 @@ class ImageTooLargeError(Image.DecompressionBombError, ValueError):
 
 def named_images(images: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Every image of `images`, in order, with the expression by which the caller finds it."""
+    if isinstance(images, torch.Tensor):
+        _require_values(images, name)
     is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4)
     if not is_batch:
         return iter([(name, images)])
     if len(images) == 0:
         raise ValueError(f"{name} is empty; at least one image is needed.")
     return chain.from_iterable(named_images(image, f"{name}[{index}]") for index, image in enumerate(images))
+
+
+def _require_values(tensor: torch.Tensor, name: str) -> None:
+    """Refuse a tensor that has no number for each place: of another layout than the usual, or on the meta device."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        kind = next((kind for kind in ("meta", "nested", "quantized") if getattr(tensor, f"is_{kind}")), tensor.layout)
+        raise TypeError(f"{name} is a tensor of the kind {kind}; an image has to be a dense tensor with values.")
 
 
 def read_image(

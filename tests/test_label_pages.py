@@ -26,15 +26,19 @@ def test_lines_are_put_in_the_order_of_reading():
 
 
 def test_pages_that_are_read_badly_or_not_at_all_are_left_out(tmp_path, caplog):
-    """Pins a student that learns a teacher's guesses, and empty texts, which stop the training."""
+    """Pins a student that learns a teacher's guesses, empty texts, which stop the training, and files that do."""
     for name in ("a.png", "b.png", "c.png"):
         Image.new("L", (10, 10)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "d.pdf").write_bytes(b"%PDF-1.7")
+    (tmp_path / "e.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     answers = iter([[Line("good", 0.9, 0, 0, 1)], [Line("good", 0.9, 0, 0, 1), Line("bad", 0.3, 0, 2, 3)], []])
     rows = list(label_pages.label(tmp_path, lambda image: next(answers), min_score=0.5))
     assert rows == [{"file_name": "a.png", "text": "good"}]
     assert "'bad' has a score of 0.30" in caplog.text
     assert "c.png is left out: nothing" in caplog.text
+    assert "d.pdf): this is a PDF" in caplog.text
+    assert "e.png): this is of format EPS" in caplog.text
 
 
 def test_labels_are_not_written_over(tmp_path):
