@@ -35,6 +35,7 @@ FAILED, SOME_FAILED, INTERRUPTED = 1, 3, 130
 DPI = 144  # pixels an inch that PDFs are rendered with
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = ("float32", "float16", "bfloat16", "int8", "none")
+_DTYPE_HELP = "to compute in (default: as stored, or float32 where the processor has no products in that)"
 
 
 def extract(options: argparse.Namespace) -> int:
@@ -47,7 +48,7 @@ def extract(options: argparse.Namespace) -> int:
     compare_checksums(options.source)
     with atomic_write(options.target) as partial:
         model = DeepSeekOCRVisionModel.from_deepseek_ocr(
-            options.source, feature_mode=options.feature_mode, dtype=options.dtype, **hub_options
+            options.source, feature_mode=options.feature_mode, dtype=options.dtype or "auto", **hub_options
         )
         processor = DeepSeekOCRVisionProcessor.from_deepseek_ocr(options.source, **hub_options)
         model.save_pretrained(partial)
@@ -335,7 +336,7 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
     add("--preset", choices=list(PRESETS), help="other preprocessing than the checkpoint's")
     add("--mode", choices=list(MODES), help="one of the released model's resolutions")
     add("--feature-mode", choices=FEATURE_MODES, help="other features than the checkpoint's")
-    add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's own)")
+    add("--dtype", choices=DTYPES, help=_DTYPE_HELP)
     add("--batch-size", type=int, default=1, help="pages at once (default: %(default)s)")
     add("--device", help="such as cuda:1 (default: the accelerator there is)")
     preparing = "processes that prepare pages for each encoder (default: %(default)s)"
@@ -365,7 +366,7 @@ def _add_read(commands: argparse._SubParsersAction) -> None:
     asked = f"{', '.join(PROMPTS)}, for one of the released prompts, or a prompt in full, with {IMAGE_TOKEN}"
     add("--prompt", default="markdown", help=f"{asked} (default: %(default)s)")
     add("--mode", choices=list(MODES), default="gundam", help="resolution (default: %(default)s)")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--dtype", choices=DTYPES, help=_DTYPE_HELP)
     add("--device", help="such as cuda:1 (default: the accelerator there is)")
     add("--max-new-tokens", type=int, help="of a page (default: as many as the model has room for)")
     add("--ngram-size", type=int, default=20, help="tokens that are not written twice, or 0 (default: %(default)s)")

@@ -160,7 +160,7 @@ def _read(checkpoint: Path) -> tuple[DeepSeekOCRVisionModel, DeepSeekOCRVisionIm
             "encoder out of a whole checkpoint."
         )
     compare_checksums(checkpoint)
-    model, image_processor = load_encoder(checkpoint)
+    model, image_processor = load_encoder(checkpoint, dtype="auto")
     keys = [key for key, weight in model.state_dict().items() if not is_finite(weight)]
     if keys:
         raise ValueError(f"{checkpoint} has NaN or infinity in {list_some(keys)}.")

@@ -234,8 +234,9 @@ class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditiona
             source: A Hub id such as `"deepseek-ai/DeepSeek-OCR"` or `"baidu/Unlimited-OCR"`, which is fetched whole, a
                 folder with one or many safetensors files, or one such file; also what `save_pretrained` of this class
                 wrote.
-            dtype: What to convert the weights to. By default they stay as they are stored, bfloat16 if released. The
-                routers are in float32 always, as in transformers.
+            dtype: What to convert the weights to, `"auto"` for as they are stored, bfloat16 if released. By default
+                that too, but float32, and twice the memory, where there is no accelerator and the processor has no
+                products in bfloat16. The routers are in float32 always, as in transformers.
             attn_implementation: As in transformers.
             options: The Hub's `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, and fields of
                 `DeepSeekOCRConfig` in place of what the checkpoint says: `aux_loss_alpha`, or `image_token_id` where

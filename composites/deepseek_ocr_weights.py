@@ -72,7 +72,7 @@ def load_whole(model_class: Any, source: str | os.PathLike, *, dtype: str | torc
     sources = match_tensors(checkpoint.shapes, _released_shapes(model_class, config, checkpoint), whole=True)
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
-    chosen = chosen_dtype(dtype) or widest_dtype(checkpoint, sources)
+    chosen = chosen_dtype(dtype, stored=widest_dtype(checkpoint, sources))
     weights = {
         name: torch.empty(parameter.shape, dtype=torch.float32 if is_router(name) else chosen)
         for name, parameter in model.state_dict().items()

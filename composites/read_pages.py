@@ -27,7 +27,7 @@ def load_reader(
     Args:
         source: A Hub id or a folder, with the tokenizer.
         mode: The resolution of pages.
-        dtype: What to convert the weights to. By default they stay as they are stored.
+        dtype: What to convert the weights to; see `DeepSeekOCRForConditionalGeneration.from_deepseek_ocr`.
         device: Where to compute; by default the accelerator there is, or the CPU.
         hub_options: `revision`, `token`, `cache_dir` and `local_files_only`.
 

@@ -74,18 +74,20 @@ def is_recording() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def block_dtype(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> torch.dtype:
-    """The dtype in which a CPU computes blocks of attention fastest: float32 in place of a half precision that it
-    would have to emulate, which takes four times as long.
+def has_products(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> bool:
+    """Whether a CPU multiplies in a dtype: half precision that it has to emulate takes four times as long as float32.
 
     Args:
-        dtype: That of the weights.
-        capabilities: What `torch.cpu.get_capabilities()` says. Where it says nothing, the dtype stays.
+        dtype: A floating-point one.
+        capabilities: What `torch.cpu.get_capabilities()` says. Where it says nothing, it is taken to.
     """
-    is_emulated = capabilities.get("architecture") == "x86_64" and not any(
-        capabilities.get(name) for name in _HALF_PRODUCTS.get(dtype, ())
-    )
-    return at_least_float32(dtype) if is_emulated else dtype
+    needed = _HALF_PRODUCTS.get(dtype, ())
+    return not needed or capabilities.get("architecture") != "x86_64" or any(map(capabilities.get, needed))
+
+
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device is a CPU without products in a dtype."""
+    return device.type == "cpu" and not has_products(dtype, _cpu_capabilities())
 
 
 @cache
@@ -509,7 +511,7 @@ def _prepare(
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
     """Grid [B, H, W, 3, A, D], padding [3, A, D], and the tables in the dtype to compute in."""
     grid, padding = _split_padding(qkv.unflatten(-1, (3, num_heads, -1)), shape)
-    dtype = block_dtype(qkv.dtype, _cpu_capabilities()) if qkv.device.type == "cpu" else qkv.dtype
+    dtype = at_least_float32(qkv.dtype) if is_emulated(qkv.dtype, qkv.device) else qkv.dtype
     return grid, padding, (table_h.to(dtype), table_w.to(dtype))
 
 

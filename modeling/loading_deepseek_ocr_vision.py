@@ -113,10 +113,11 @@ class CheckpointMixin(AtomicSavingMixin, DeepSeekOCRVisionPreTrainedModel):
                 safetensors files, or one such file; in the released layout or that of transformers.
             preset: Which preprocessing the model will be used with, a key of `PRESETS`; it decides the feature mode.
             feature_mode: Another feature mode than the preset's.
-            kwargs: `dtype`, what to convert the weights to, by default nothing; `verify_checksums`, whether to compare
-                what is on this machine with its `SHA256SUMS`; `config`, the encoder, where its size is not the
-                released one and the checkpoint does not say so; the Hub's `revision`, `token`, `cache_dir`,
-                `force_download` and `local_files_only`; and what `from_pretrained` takes.
+            kwargs: `dtype`, what to convert the weights to, `"auto"` for nothing; by default nothing, but float32 on a
+                processor without products in theirs; `verify_checksums`, whether to compare what is on this machine
+                with its `SHA256SUMS`; `config`, the encoder, where its size is not the released one and the checkpoint
+                does not say so; the Hub's `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`;
+                and what `from_pretrained` takes.
 
         Returns:
             The model in `eval()`. Every parameter requires a gradient.

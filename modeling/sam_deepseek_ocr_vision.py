@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionSamConfig
-from .attention_deepseek_ocr_vision import SamAttention
+from .attention_deepseek_ocr_vision import SamAttention, is_emulated, is_recording
 from .base_deepseek_ocr_vision import (
     DeepSeekOCRVisionPreTrainedModel,
     FeedForward,
@@ -18,6 +19,9 @@ from .base_deepseek_ocr_vision import (
     keep_rng_state,
     resize_positions,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 class SamPatchEmbed(nn.Module):
@@ -87,6 +91,9 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
         if pixel_values.is_meta != self.pos_embed.is_meta:
             places = f"on {pixel_values.device} and the model on {self.pos_embed.device}"
             raise ValueError(f"`pixel_values` is {places}; tensors on the meta device have a shape and no values.")
+        if not is_recording() and is_emulated(self.dtype, pixel_values.device):
+            slow = f"This processor has no products in {self.dtype}, and PyTorch emulates them slowly"
+            logger.warning_once(f"{slow}; `model.float()` makes this model several times as fast here.")
         hidden_states = self.patch_embed(pixel_values.to(self.dtype))  # [B, H, W, C]
         _, height, width, _ = hidden_states.shape
         hidden_states = hidden_states + resize_positions(self.pos_embed[0], (height, width), antialias=True)

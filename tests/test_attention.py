@@ -154,20 +154,20 @@ def test_a_second_derivative_of_a_fused_kernel_is_an_error_that_names_the_way_ou
 @pytest.mark.parametrize(
     ("dtype", "capabilities", "expected"),
     [
-        (torch.bfloat16, {"architecture": "x86_64", "avx2": True, "avx512_bf16": False}, torch.float32),
-        (torch.float16, {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": True}, torch.float32),
-        (torch.bfloat16, {"architecture": "x86_64", "avx512_bf16": True}, torch.bfloat16),
-        (torch.bfloat16, {"architecture": "x86_64", "amx_bf16": True}, torch.bfloat16),
-        (torch.float16, {"architecture": "x86_64", "avx512_fp16": True}, torch.float16),
-        (torch.bfloat16, {"architecture": "aarch64"}, torch.bfloat16),
-        (torch.bfloat16, {}, torch.bfloat16),
-        (torch.float32, {"architecture": "x86_64"}, torch.float32),
-        (torch.float64, {"architecture": "x86_64"}, torch.float64),
+        (torch.bfloat16, {"architecture": "x86_64", "avx2": True, "avx512_bf16": False}, False),
+        (torch.float16, {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": True}, False),
+        (torch.bfloat16, {"architecture": "x86_64", "avx512_bf16": True}, True),
+        (torch.bfloat16, {"architecture": "x86_64", "amx_bf16": True}, True),
+        (torch.float16, {"architecture": "x86_64", "avx512_fp16": True}, True),
+        (torch.bfloat16, {"architecture": "aarch64"}, True),
+        (torch.bfloat16, {}, True),
+        (torch.float32, {"architecture": "x86_64"}, True),
+        (torch.float64, {"architecture": "x86_64"}, True),
     ],
 )
-def test_blocks_are_in_single_precision_where_the_processor_has_no_half(dtype, capabilities, expected):
+def test_a_processor_says_whether_it_multiplies_in_half_precision(dtype, capabilities, expected):
     """Pins 100 s for a page in bfloat16 on a processor with AVX2 alone; the others keep what is fast there."""
-    assert attention.block_dtype(dtype, capabilities) == expected
+    assert attention.has_products(dtype, capabilities) is expected
 
 
 def test_sdpa_means_what_suits_device_and_graph():

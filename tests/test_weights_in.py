@@ -27,7 +27,11 @@ from deepseek_ocr_vision import (
     DeepSeekOCRVisionImageProcessor,
     DeepSeekOCRVisionModel,
     DeepSeekOCRVisionProcessor,
+    load_encoder,
 )
+from deepseek_ocr_vision.modeling import attention_deepseek_ocr_vision as attention
+from deepseek_ocr_vision.modeling import sam_deepseek_ocr_vision as sam
+from deepseek_ocr_vision.weights import reading
 
 
 @pytest.fixture
@@ -110,13 +114,36 @@ def test_the_dtype_is_the_stored_one_or_the_one_that_is_asked_for(checkpoint, mo
     """Pins 0.8 GB: the released weights are bfloat16 and stay so unless somebody wants more."""
     change(checkpoint, lambda tensors: {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()})
     load = DeepSeekOCRVisionModel.from_deepseek_ocr
-    assert {parameter.dtype for parameter in load(checkpoint).parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in load(checkpoint, dtype="auto").parameters()} == {torch.bfloat16}
     for dtype in ("float32", torch.float32):
         loaded = load(checkpoint, feature_mode="projected", dtype=dtype)
         expected = {key: tensor.bfloat16().float() for key, tensor in model.state_dict().items()}
         assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
     with pytest.raises(ValueError, match="`dtype` is 'int8'"):
         load(checkpoint, dtype="int8")
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+def test_nobody_waits_for_a_dtype_that_the_processor_emulates(checkpoint, tmp_path, monkeypatch, has_products):
+    """Pins 100 s for a page in place of 9, of which a first user was not told; who asks for it is."""
+    change(checkpoint, lambda tensors: {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()})
+    capabilities = {"architecture": "x86_64", "avx512_bf16": has_products}
+    monkeypatch.setattr(attention, "_cpu_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    warnings = []
+    for module in (reading, sam):
+        monkeypatch.setattr(module.logger, "warning", warnings.append)
+        monkeypatch.setattr(module.logger, "warning_once", warnings.append)
+    asked = DeepSeekOCRVisionModel.from_deepseek_ocr(checkpoint, dtype="auto")
+    asked.save_pretrained(tmp_path / "encoder")
+    expected = torch.bfloat16 if has_products else torch.float32
+    for model in (DeepSeekOCRVisionModel.from_deepseek_ocr(checkpoint), load_encoder(tmp_path / "encoder")[0]):
+        assert model.dtype == expected
+        model(torch.rand(1, 3, 64, 64))
+    assert asked.dtype == load_encoder(tmp_path / "encoder", dtype="auto")[0].dtype == torch.bfloat16
+    assert len(warnings) == (0 if has_products else 2)
+    asked(torch.rand(1, 3, 64, 64))
+    assert ("model.float()" in str(warnings[-1:])) is not has_products
 
 
 def test_a_mixture_of_dtypes_is_loaded_in_one_that_holds_them_all(checkpoint):

@@ -10,6 +10,7 @@ from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
 
 from .checkpoints import CONFIG
+from .reading import fast_dtype
 from .sizes import read_config_of
 
 
@@ -29,7 +30,8 @@ def load_encoder(
             `"deepseek-ocr-encoder"`; of a LLaVA around this encoder it is what was saved with it.
         mode: Another resolution.
         feature_mode: Another feature mode, for which the checkpoint has to have the weights.
-        dtype: What to compute in. Defaults to what the checkpoint is stored in.
+        dtype: What to compute in, `"auto"` for what the checkpoint is stored in. By default that too, but float32
+            where the processor has no products in it: see `reading.fast_dtype`.
 
     Raises:
         OSError: There is no such checkpoint.
@@ -38,6 +40,8 @@ def load_encoder(
     fields: dict[str, Any] = {} if feature_mode is None else {"feature_mode": feature_mode}
     if is_encoder(source):
         model = DeepSeekOCRVisionModel.from_pretrained(source, dtype=dtype or "auto", **fields)
+        if dtype is None and not hasattr(model, "hf_quantizer"):
+            model.to(fast_dtype(model.dtype))  # type: ignore[arg-type]  # transformers wraps it as a plain function
         image_processor = model.default_image_processor()
         if preset is not None:
             image_processor = DeepSeekOCRVisionImageProcessor(preset, size=model.config.image_size)

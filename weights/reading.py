@@ -5,8 +5,10 @@ from functools import reduce
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
+from deepseek_ocr_vision.modeling.attention_deepseek_ocr_vision import is_emulated
 
 from .checkpoints import LocalCheckpoint, compare_checksums, open_local
 from .hub import open_remote
@@ -14,6 +16,9 @@ from .names import match_tensors, our_name
 from .repository import HUB_OPTIONS, repository_named
 from .safetensors_files import DTYPES
 from .sizes import Model, check_layers, config_of_checkpoint, expected_shapes
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_deepseek_ocr(
@@ -43,24 +48,37 @@ def load_deepseek_ocr(
     match_tensors(checkpoint.shapes, expected_shapes(model_class, config))
     local = checkpoint.local()
     sources = match_tensors(local.shapes, expected_shapes(model_class, config))
-    dtype = chosen_dtype(dtype) or widest_dtype(local, sources)
+    dtype = chosen_dtype(dtype, stored=widest_dtype(local, sources))
     weights = {key: tensor.to(dtype) for key, tensor in local.read(sources)}
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, strict=True, **kwargs)
 
 
-def chosen_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """What a caller asks for by `dtype`; `None` for as it is stored.
+def chosen_dtype(dtype: str | torch.dtype | None, *, stored: torch.dtype) -> torch.dtype:
+    """What a caller asks for by `dtype`: `"auto"` for as it is stored, `None` for what is fast of that.
 
     Raises:
         ValueError: Weights do not have such a dtype.
     """
     if dtype is None or dtype == "auto":
-        return None
-    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        return fast_dtype(stored) if dtype is None else stored
+    chosen: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen not in DTYPES.values():
         allowed = ", ".join(str(allowed) for allowed in DTYPES.values())
         raise ValueError(f"`dtype` is {dtype!r}; it has to be one of {allowed}, their names, 'auto' or None.")
     return chosen
+
+
+def fast_dtype(stored: torch.dtype) -> torch.dtype:
+    """What to compute in where nobody has chosen: the stored dtype, or float32 where the processor is no accelerator
+    and has no products in half precision, which it would emulate in four times the time. A line in the log says so.
+    """
+    if torch.accelerator.is_available() or not is_emulated(stored, torch.device("cpu")):
+        return stored
+    logger.warning(
+        f"The weights are converted from {stored} to float32: this processor has no products in {stored}, and would "
+        'emulate them slowly. `dtype="auto"` keeps them as they are.'
+    )
+    return torch.float32
 
 
 def widest_dtype(checkpoint: LocalCheckpoint, sources: dict[str, list[str]]) -> torch.dtype:

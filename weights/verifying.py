@@ -55,7 +55,7 @@ def load_whatever_is_there(path: Path) -> DeepSeekOCRVisionModel:
     if path.is_dir() and read_config(path / CONFIG).get("model_type") == DeepSeekOCRVisionConfig.model_type:
         return DeepSeekOCRVisionModel.from_pretrained(path, dtype="auto")
     feature_mode = richest_mode(open_local(path).tensors)
-    return load_deepseek_ocr(DeepSeekOCRVisionModel, path, feature_mode=feature_mode, config=None, dtype=None)
+    return load_deepseek_ocr(DeepSeekOCRVisionModel, path, feature_mode=feature_mode, config=None, dtype="auto")
 
 
 def richest_mode(names: Iterable[str]) -> FeatureMode:
