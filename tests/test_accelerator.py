@@ -6,10 +6,17 @@ An operation that mixes devices or dtypes, or that asks for a value on the host,
 import pytest
 import torch
 from helpers import EVERY_FEATURE_MODE, pixels, relative_error, tiny_config
+from packaging import version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
+
+
+pytestmark = pytest.mark.skipif(
+    version.parse(torch.__version__) < version.parse("2.7") and not torch.cuda.is_available(),
+    reason="torch 2.6 asks for a CUDA driver also for fake tensors, 2.14 does not",
+)
 
 
 class NoCopiesBetweenDevices(TorchDispatchMode):

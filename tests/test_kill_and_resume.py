@@ -29,6 +29,12 @@ STEPS = 6
 ARGUMENTS = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2}
 
 
+resumes_in_two_processes = pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"),
+    reason="transformers 5.0 cannot load an optimizer's state onto the device `cpu:0`, 5.23 can",
+)
+
+
 def job(folder: Path, *, num_processes: int, kill: tuple[int, int | str] | None = None, fsdp: bool = False) -> Job:
     arguments = ARGUMENTS | {"per_device_train_batch_size": 2 // num_processes}
     sharded = {
@@ -67,10 +73,7 @@ def assert_same_run(actual: Job, expected: Job) -> None:
             2,
             False,
             [(1, 3), (1, "checkpoint-4/rng_state_1.pth"), (0, "checkpoint-6/optimizer.pt")],
-            marks=pytest.mark.skipif(
-                version.parse(transformers.__version__) < version.parse("5.23"),
-                reason="transformers 5.0 cannot load an optimizer's state onto the device `cpu:0`, 5.23 can",
-            ),
+            marks=resumes_in_two_processes,
         ),
         pytest.param(2, True, [(0, 5)], marks=needs_fsdp_on_cpu),
     ],
@@ -159,6 +162,7 @@ def process_of_rank(rank: int, processes: list[int]) -> int:
     return next(pid for pid in processes if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
 
 
+@resumes_in_two_processes
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in Linux's /proc")
 def test_two_processes_leave_one_whole_model_also_where_one_was_killed(tmp_path):
     """Pins models without weights: both processes wrote them, and one of them had none."""
