@@ -168,7 +168,7 @@ def _open(content: Content) -> Any:
     file.close()
     pypdfium2 = require("pypdfium2", "Reading PDFs", extra="encode")
     try:
-        document = pypdfium2.PdfDocument(content)
+        document = pypdfium2.PdfDocument(content if isinstance(content, bytes) else os.path.abspath(content))
     except pypdfium2.PdfiumError as error:
         raise ValueError(f"the PDF cannot be opened; it is encrypted or broken: {error}") from error
     if len(document) == 0:

@@ -120,7 +120,7 @@ def test_a_thumbnail_in_a_tiff_is_no_page(tiny_model, tmp_path):
     assert summary.left_out == {"smaller copies in a TIFF": [str(tmp_path / "scan.tif")]}
 
 
-def test_a_page_of_a_file_is_the_one_that_encode_reads(tmp_path):
+def test_a_page_of_a_file_is_the_one_that_encode_reads(tmp_path, monkeypatch):
     """Pins `show` of a PDF, which took image files alone, and of a TIFF, of which it took the first page."""
     frames = [image(1), image(2, 60, 90).convert("L")]
     frames[0].save(tmp_path / "fax.tif", save_all=True, append_images=frames[1:])
@@ -129,6 +129,9 @@ def test_a_page_of_a_file_is_the_one_that_encode_reads(tmp_path):
     for number, frame in enumerate(frames, start=1):
         assert page_of(tmp_path / "fax.tif", number, dpi=72).tobytes() == frame.convert("RGB").tobytes()
     assert page_of(tmp_path / "form.pdf", 1, dpi=72).size == (200, 100)
+    (tmp_path / "form.pdf").rename(tmp_path / "~form.pdf")
+    monkeypatch.chdir(tmp_path)
+    assert page_of("~form.pdf", 1, dpi=72).size == (200, 100)  # pypdfium2 takes a tilde for somebody's home
     for name, number, expected in (("fax.tif", 3, "pages go from 1 to 2"), ("moves.gif", 2, "pages go from 1 to 1")):
         with pytest.raises(ValueError, match=rf"{name}: there is no page {number}; {expected}"):
             page_of(tmp_path / name, number, dpi=72)

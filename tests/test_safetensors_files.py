@@ -1,6 +1,7 @@
 """safetensors files that are not what they should be: each is refused before anything is made of it, and says why."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -106,6 +107,13 @@ def test_a_header_that_contradicts_itself_is_refused(tmp_path, header, expected)
     write(tmp_path / "file", header, bytes(8))
     with pytest.raises(ValueError, match=expected):
         read_local_header(tmp_path / "file")
+
+
+def test_a_path_that_safetensors_cannot_open_is_named(file):
+    """Pins a sound file that was called corrupt, with the advice to fetch it again."""
+    odd = file.rename(os.fsdecode(os.fsencode(file.parent) + b"/caf\xe9.safetensors"))
+    with pytest.raises(ValueError, match="path is not UTF-8; rename it"):
+        read_local_header(odd)
 
 
 def test_an_absurd_header_length_allocates_nothing(tmp_path):

@@ -187,8 +187,11 @@ def read_local_header(path: Path) -> dict[str, TensorEntry]:
         entries = read_header(str(path), path.stat().st_size, read)
     # transformers will read it by the library, which refuses more than the format's description says.
     try:
+        str(path).encode()
         with safe_open(path, framework="pt"):
             return entries
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path}: safetensors reads no file whose path is not UTF-8; rename it.") from error
     except SafetensorError as error:
         raise ValueError(f"{path} is corrupt: {error}; {_FETCH_AGAIN}.") from error
 
