@@ -6,12 +6,13 @@
     python -m benchmarks.compression --model outputs/my_llava --text book.txt --pages scans/
 
 A text of so many tokens is drawn on one page, in the largest letters with which it fits, and a model reads it. Kinds
-of text: English, the same words shuffled, and its letters replaced by random letters or digits, so that all look alike
-on the page; --text has a file of yours, --pages a folder of images with a .txt beside each. Without --model, small
-models are trained alike: with this encoder, with it frozen as it was initialised, and with patches of 16 x 16 pixels
-brought to as many tokens by their mean or by a convolution. Truncation keeps as many tokens of text as the page has
-vision tokens. Then one digit of a page is changed, and the changed page, with noise on it, is looked for among ten: by
-the distance of the token that differs most, and by that of the mean over tokens.
+of text: English, the same words shuffled, and its letters replaced by random letters or digits, so that all look
+alike on the page; --text has a file of yours, --pages a folder of images with a .txt beside each. Without --model,
+small models are trained alike: with this encoder, with it frozen as it was initialised, and with patches of 16 x 16
+pixels brought to as many tokens by their mean or by a convolution. Truncation keeps as many tokens of text as the
+page has vision tokens, and "another page" compares what was read with the text of the page after it, which is the
+share that comes without reading. Then one digit of a page is changed, and the changed page, with noise on it, is
+looked for among ten: by the distance of the token that differs most, and by that of the mean over tokens.
 """
 
 import argparse
@@ -44,13 +45,13 @@ from deepseek_ocr_vision.processing.text_pages import TextRenderer
 
 KINDS = ENGLISH, SHUFFLED, LETTERS, DIGITS = "English", "words shuffled", "random letters", "digits"
 ARMS = TRAINED, FROZEN, MEAN, CONVOLUTION = "encoder trained", "encoder frozen", "mean of patches", "convolution"
-TRUNCATED = "truncated text"
-COLORS = dict(zip((*ARMS, TRUNCATED), ("#1f5fa8", "#7fa9d6", "#d9822b", "#5b8c5a", "#888888"), strict=True))
+BESIDES = TRUNCATED, ANOTHERS = "truncated text", "another page"
+COLORS = dict(zip((*ARMS, *BESIDES), ("#1f5fa8", "#7fa9d6", "#d9822b", "#5b8c5a", "#888888", "#bbbbbb"), strict=True))
 UNITS = ("characters", "words")
 SMALL_RATIOS, RATIOS = (1, 2, 3, 4, 6, 8), (2.5, 5, 7.5, 10, 12.5, 15, 20)
 SMALLEST_FONT, CHARACTERS_A_TOKEN = 4, 16
-BATCH_SIZE, LEARNING_RATE, READ_AT_ONCE, NOISE = 32, 1e-3, 100, 16.0
-QUICK, FULL = (300, 1, 16), (1500, 3, 50)  # steps, seeds, pages of each kind and ratio
+BATCH_SIZE, LEARNING_RATE, READ_AT_ONCE, NOISE = 16, 1e-3, 100, 16.0
+QUICK, FULL = (600, 1, 16), (2000, 3, 50)  # steps, seeds, pages of each kind and ratio
 
 
 class Page(NamedTuple):
@@ -94,7 +95,7 @@ def draw_page(source: str, kind: str, ratio: float, *, reader: "Reader", rng: np
     number = round(ratio * reader.num_vision)
     length = CHARACTERS_A_TOKEN * number
     start = source.find(" ", int(rng.integers(max(1, len(source) - length)))) + 1
-    words = as_kind(source[start : start + length].split(), kind, rng)
+    words = as_kind(first_tokens(reader.tokenizer, source[start : start + length], number).split(), kind, rng)
     text = first_tokens(reader.tokenizer, " ".join(words), number).strip()
     return Page(*next(largest(text, reader.page_size).pages(text)), ratio)
 
@@ -202,32 +203,44 @@ def load_model(options: argparse.Namespace) -> Reader:
     return Reader(*parts, prompt_of(options.prompt or "text"))
 
 
-def train(arm: str, text: str, options: argparse.Namespace, *, seed: int) -> Reader:
-    """Train a small model on pages of all kinds and ratios; every arm sees the same ones."""
+def build(arm: str, options: argparse.Namespace, *, seed: int) -> Reader:
+    """A small model that knows nothing yet."""
     torch.manual_seed(seed)
     model, processor = build_llava(page_size=options.page_size)
     if arm in (MEAN, CONVOLUTION):
         model.model.vision_tower = PatchTower(model.config.vision_config.hidden_size, arm)
     elif arm == FROZEN:
         model.model.vision_tower.freeze()
-    model.to(options.device)
-    reader, collator = Reader(model, processor, IMAGE_TOKEN), ImageTextCollator(processor)
-    model.train()
-    rng = np.random.default_rng([seed, 0])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE, (0.9, 0.98))
-    rates = {"max_lr": LEARNING_RATE, "total_steps": options.steps, "pct_start": 0.2, "cycle_momentum": False}
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, **rates)
+    return Reader(model.to(options.device), processor, IMAGE_TOKEN)
+
+
+def train(text: str, options: argparse.Namespace, *, seed: int) -> dict[str, Reader]:
+    """Train a small model of each sort, all on the same pages, which are of all kinds and ratios."""
+    readers = {arm: build(arm, options, seed=seed) for arm in ARMS}
+    reader, rng = readers[TRAINED], np.random.default_rng([seed, 0])
+    collator = ImageTextCollator(reader.processor)
+    learners = [learner(reader.model, options.steps) for reader in readers.values()]
     for _ in range(options.steps):
         chosen = [(str(rng.choice(KINDS)), float(rng.choice(options.ratios))) for _ in range(BATCH_SIZE)]
         pages = [draw_page(text, kind, ratio, reader=reader, rng=rng) for kind, ratio in chosen]
         batch = collator([{"image": page.image, "prompt": IMAGE_TOKEN, "answer": page.text} for page in pages])
-        model(**{name: value.to(options.device) for name, value in batch.items()}).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.eval()
-    return reader
+        on_device = {name: value.to(options.device) for name, value in batch.items()}
+        for model, optimizer, schedule in learners:
+            model(**on_device).loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    for model, *_ in learners:
+        model.eval()
+    return readers
+
+
+def learner(model: Any, steps: int) -> tuple[Any, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """A model that is ready to be trained, with its optimizer and the schedule of its learning rate."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE, (0.9, 0.98))
+    rates = {"max_lr": LEARNING_RATE, "total_steps": steps, "pct_start": 0.2, "cycle_momentum": False}
+    return model.train(), optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, **rates)
 
 
 # Measures
@@ -287,32 +300,35 @@ def band(values: Sequence[float]) -> tuple[float, float]:
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Train or load, read, and give what JSON holds after each model; shares are pooled over seeds."""
+    """Train or load, read, and give what JSON holds after the models of each seed; shares are pooled over seeds."""
     to_train_on, held_out = english()
     shares: dict[tuple[str, str, float], list[tuple[float, ...]]] = {}
     needles: dict[str, dict[str, list[float]]] = {}
-    seconds: dict[str, float] = {}
+    kinds: dict[str, list[Page]] = {}
+    start = time.process_time()
 
     def add(arm: str, kind: str, read: list[str], pages: list[Page]) -> None:
         for text, page in zip(read, pages, strict=True):
             shares.setdefault((arm, kind, page.ratio), []).append(shares_read(text, page.text))
 
-    for arm in [options.model] if options.model else ARMS:
-        start = time.process_time()
-        for seed in range(1 if options.model else options.seeds):
-            reader = load_model(options) if options.model else train(arm, to_train_on, options, seed=seed)
-            for kind, pages in held_out_pages(reader, held_out, options).items():
-                add(arm, kind, reader.read(pages), pages)
+    for seed in range(1 if options.model else options.seeds):
+        readers = {options.model: load_model(options)} if options.model else train(to_train_on, options, seed=seed)
+        for arm, reader in readers.items():
+            kinds = kinds or held_out_pages(reader, held_out, options)
+            for kind, pages in kinds.items():
+                read = reader.read(pages)
+                add(arm, kind, read, pages)
                 if arm in (TRAINED, options.model) and seed == 0:
+                    add(ANOTHERS, kind, read[-1:] + read[:-1], pages)
                     texts = [first_tokens(reader.tokenizer, page.text, reader.num_vision) for page in pages]
                     add(TRUNCATED, kind, texts, pages)
             for name, found in find_needle(reader, held_out, options).items():
                 needles.setdefault(arm, {}).setdefault(name, []).extend(found)
-        seconds[arm] = round(time.process_time() - start, 1)
-        sys.stderr.write(f"{arm}: {seconds[arm]:.0f} s of processor time\n")
+        seconds = round(time.process_time() - start)
+        sys.stderr.write(f"seed {seed}: {seconds} s of processor time so far\n")
         facts = {"vision_tokens": reader.num_vision, "page_size": reader.page_size, "processor_seconds": seconds}
         found = [{"model": one} | {how: band(each) for how, each in hows.items()} for one, hows in needles.items()]
-        yield facts | {"points": points_of(shares), "needle": found}
+        yield facts | {"seeds": seed + 1, "points": points_of(shares), "needle": found}
 
 
 def points_of(shares: dict[tuple[str, str, float], list[tuple[float, ...]]]) -> list[dict[str, Any]]:
@@ -353,13 +369,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
             points = [point for point in results["points"] if (point["kind"], point["model"]) == (kind, arm)]
             points.sort(key=lambda point: point["ratio"])
             ratios, means, bands = ([p["ratio"] for p in points], *np.array([p["characters"] for p in points]).T)
-            color, style = COLORS.get(arm, "#1f5fa8"), "--" if arm == TRUNCATED else "o-"
+            color, style = COLORS.get(arm, "#1f5fa8"), "--" if arm in BESIDES else "o-"
             axes.plot(ratios, means, style, ms=3, color=color, label=arm)
             axes.fill_between(ratios, means - bands, means + bands, color=color, alpha=0.15, linewidth=0)
         axes.set(title=kind, xlabel="text tokens a vision token", ylim=(0, 1.02))
         axes.grid(alpha=0.2)
     panels[0].set_ylabel("characters read back")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -368,7 +384,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compression", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--quick", action="store_true", help="300 steps, one seed, 16 pages of each kind and ratio")
+    add("--quick", action="store_true", help="600 steps, one seed, 16 pages of each kind and ratio")
     add("--model", help="a LLaVA (folder or Hub id) or a whole DeepSeek-OCR to measure; nothing is trained then")
     add("--mode", choices=["tiny", "small", "base", "large"], default="base", help="DeepSeek-OCR's resolution")
     add("--prompt", help=f"default: {IMAGE_TOKEN} for a LLaVA, DeepSeek-OCR's own for plain text")
@@ -376,7 +392,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pages", type=Path, help="a folder of images with a .txt beside each, as a further kind")
     add("--ratios", type=float, nargs="+", help=f"default: {SMALL_RATIOS}, with --model {RATIOS}")
     add("--num-pages", type=int, help="of each kind and ratio; default: 50")
-    add("--steps", type=int, help=f"of {BATCH_SIZE} pages to train small models for; default: 1500")
+    add("--steps", type=int, help=f"of {BATCH_SIZE} pages to train small models for; default: 2000")
     add("--seeds", type=int, help="small models of each sort; default: 3")
     add("--page-size", type=int, default=128, help="of small models, in pixels; default: 128")
     add("--device", default="cpu", help="what computes; default: cpu")
