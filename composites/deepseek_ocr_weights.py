@@ -116,7 +116,8 @@ def check_whole(
 
 def _config_for(model_class: Any, fields: dict[str, Any], checkpoint: LocalCheckpoint) -> Any:
     """A configuration, unless it states far more layers or experts than a checkpoint has."""
-    keys, text_fields = [our_name(name).key for name in checkpoint.tensors], fields.get("text_config")
+    keys = [our_name(name).key for name in checkpoint.tensors]
+    text_fields: Any = fields.get("text_config")
     for field, pattern in _COUNTS.items() if isinstance(text_fields, dict) else ():
         found = {match[1] for key in keys if (match := re.search(pattern, key))}
         stated = text_fields.get(field)
