@@ -74,6 +74,14 @@ def is_recording() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_open(*sizes: int | torch.SymInt) -> bool:
+    """Whether a graph leaves sizes open, which a comparison would fix. A compiled one does where nothing is trained:
+    Inductor, in torch 2.14, has no backward pass for a table that is resized to an open size.
+    """
+    of_dynamo = torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
+    return of_dynamo or any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 def has_products(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> bool:
     """Whether a CPU multiplies in a dtype: half precision that it has to emulate takes four times as long as float32.
 
@@ -199,19 +207,19 @@ def split_heads(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.
     return query, key, value
 
 
-def relative_positions(table: torch.Tensor, size: int, *, is_open: bool = False) -> torch.Tensor:
+def relative_positions(table: torch.Tensor, size: int, *, resize: bool = False) -> torch.Tensor:
     """Pick the row for every pair of a query and a key along one axis.
 
     Args:
         table: [2n - 1, D], for offsets -(n - 1) to n - 1; resized linearly in float32 if n is not `size`.
         size: Positions along the axis.
-        is_open: Whether a graph leaves `size` open, which a comparison with it would fix.
+        resize: Whether to resize it also if n is `size`, which changes nothing, for graphs that leave `size` open.
 
     Returns:
         [size, size, D], entry (query, key) for the offset query - key, in float32 at least.
     """
     table = table.to(at_least_float32(table.dtype))  # in which the gradients of a row are added up
-    if is_open or table.shape[0] != 2 * size - 1:
+    if resize or table.shape[0] != 2 * size - 1:
         table = F.interpolate(table.t()[None], size=2 * size - 1, mode="linear")[0].t()
     positions = torch.arange(size, device=table.device)
     return table[positions[:, None] - positions[None, :] + size - 1]
@@ -255,9 +263,11 @@ def window_partition(
     batch_size, height, width, channels = grid.shape
     rows, columns = (_num_windows(length, side) for length, side in zip((height, width), window, strict=True))
     if padding is not None:
-        below = padding.expand(batch_size, rows * window[0] - height, width, channels)
-        beside = padding.expand(batch_size, rows * window[0], columns * window[1] - width, channels)
-        grid = torch.cat([torch.cat([grid, below], dim=1), beside], dim=2)
+        whole = (rows * window[0], columns * window[1])
+        # A graph for every size has as much padding for all, and cuts off what is too much.
+        below, beside = window if is_open(height, width) else (whole[0] - height, whole[1] - width)
+        grid = torch.cat([grid, padding.expand(batch_size, below, width, channels)], dim=1)[:, : whole[0]]
+        grid = torch.cat([grid, padding.expand(batch_size, whole[0], beside, channels)], dim=2)[:, :, : whole[1]]
     windows = grid.view(batch_size, rows, window[0], columns, window[1], channels).transpose(2, 3)
     return windows.reshape(batch_size * rows * columns, *window, channels)
 
@@ -273,7 +283,11 @@ def window_unpartition(
     batch_size = num_windows // (rows * columns)
     windows = windows.view(batch_size, rows, columns, *window, channels).transpose(2, 3)
     grid_of_windows = windows.reshape(batch_size, rows * window[0], columns * window[1], channels)
-    return grid_of_windows[:, :height, :width]
+    if not is_open(height, width):
+        return grid_of_windows[:, :height, :width]
+    # A graph would ask of a slice whether it cuts anything off.
+    places = [torch.arange(length, device=windows.device) for length in grid]
+    return grid_of_windows.index_select(1, places[0]).index_select(2, places[1])
 
 
 def _num_windows(length: int, side: int) -> int:
@@ -676,20 +690,22 @@ class SamAttention(nn.Module):
         batch_size, height, width, channels = hidden_states.shape
         window = (self.window_size or height, self.window_size or width)
         name = _formulation(self.config._attn_implementation, hidden_states.device)
-        is_open = name == "blockwise" and torch.compiler.is_compiling()  # the operator is one for every size
+        is_operator = name == "blockwise" and torch.compiler.is_compiling()  # one for every size
+        open_sizes = is_operator or is_open(height, width)
         tokens = hidden_states.flatten(0, 2)  # [B x H x W, C]
-        if self.window_size and (is_open or height % window[0] or width % window[1]):
+        if self.window_size and (open_sizes or height % window[0] or width % window[1]):
             # Windows at the edge are filled up with zeros, and no mask hides them: they take part as keys and values.
             # The released weights were trained so. One row of zeros at the end stands for all of them.
             tokens = torch.cat([tokens, tokens.new_zeros(1, channels)])
         qkv = self.qkv(tokens)  # [B x H x W (+ 1), 3C]
-        table_h = relative_positions(self.rel_pos_h, window[0], is_open=is_open).to(qkv.dtype)  # [S, S, D]
-        table_w = relative_positions(self.rel_pos_w, window[1], is_open=is_open).to(qkv.dtype)  # [T, T, D]
+        resize = open_sizes and not self.window_size
+        table_h = relative_positions(self.rel_pos_h, window[0], resize=resize).to(qkv.dtype)  # [S, S, D]
+        table_w = relative_positions(self.rel_pos_w, window[1], resize=resize).to(qkv.dtype)  # [T, T, D]
         shape = (batch_size, height, width)
         if name == "blockwise":
             # Everything has one dtype by now, which autocast would change for some steps and not for others.
             with torch.autocast(qkv.device.type, enabled=False):
-                if is_open:
+                if is_operator:
                     output = _blockwise_operator(qkv, table_h, table_w, self.num_heads, shape)
                 else:
                     output = _BlockwiseAttention.apply(qkv, table_h, table_w, self, shape)

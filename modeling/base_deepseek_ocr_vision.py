@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .attention_deepseek_ocr_vision import at_least_float32, is_recording
+from .attention_deepseek_ocr_vision import at_least_float32, is_open, is_recording
 
 
 PIECE_TOKENS = 2048
@@ -116,7 +116,7 @@ def keep_rng_state() -> AbstractContextManager:
 
 def resize_positions(positions: torch.Tensor, grid: tuple[int, int], *, antialias: bool) -> torch.Tensor:
     """Resize a position table [H, W, C] to another grid, bicubic, in float32; the table itself if it fits already."""
-    if positions.shape[:2] == grid:
+    if not is_open(*grid) and positions.shape[:2] == grid:
         return positions
     channels_first = positions.permute(2, 0, 1)[None].to(at_least_float32(positions.dtype))  # [1, C, H, W]
     resized = F.interpolate(channels_first, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
