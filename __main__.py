@@ -177,9 +177,10 @@ def export(options: argparse.Namespace) -> int:
     size = None if options.size is None else tuple(options.size) if len(options.size) == 2 else options.size[0]
     choices = _chosen(options, "format", "raw_images") | {"size": size, "image_processor": image_processor}
     result = export_encoder(model, options.out, **choices)
+    memory = "" if result.peak_bytes is None else f", with {result.peak_bytes / 1e9:.1f} GB of memory"
     sys.stdout.write(
         f"{result.file}: in its own runtime the tokens differ from the model's by {result.difference:.1e} of their "
-        f"standard deviation ({result.tolerance:.0e} is allowed), with {result.peak_bytes / 1e9:.1f} GB of memory. "
+        f"standard deviation ({result.tolerance:.0e} is allowed){memory}. "
         f"{result.description} says what goes in and comes out.\n"
     )
     return 0

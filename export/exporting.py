@@ -55,7 +55,7 @@ class Export:
         difference: The largest difference to the model's tokens, relative to their standard deviation.
         tolerance: How large it may be.
         seconds: What each batch of the check took in the runtime.
-        peak_bytes: The most memory that the runtime's process held.
+        peak_bytes: The most memory that the runtime's process held; `None` on Windows.
     """
 
     file: Path
@@ -63,7 +63,7 @@ class Export:
     difference: float
     tolerance: float
     seconds: tuple[float, ...]
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 class _Tokens(nn.Module):

@@ -5,7 +5,6 @@ installed. In FOLDER are `0.npy` and on, the inputs; it writes `0-output.npy` an
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +46,15 @@ def openvino(file: str) -> Callable[[np.ndarray], np.ndarray]:
 RUNTIMES = {"onnx": onnx, "pt2": pt2, "openvino": openvino}
 
 
+def peak_bytes() -> int | None:
+    """The most memory that this process has held; nothing on Windows, where Python does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def main(name: str, file: str, folder: str) -> None:
     """Run a file on every input in a folder."""
     run, seconds = RUNTIMES[name](file), []
@@ -56,9 +64,7 @@ def main(name: str, file: str, folder: str) -> None:
         output = run(values)
         seconds.append(time.perf_counter() - start)
         np.save(f"{folder}/{number}-output.npy", output)
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    Path(folder, "measured.json").write_text(json.dumps({"seconds": seconds, "peak_bytes": peak}))
+    Path(folder, "measured.json").write_text(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers import pixels, relative_error, tiny_config
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 from deepseek_ocr_vision.__main__ import main
-from deepseek_ocr_vision.export import ExportError, export_encoder
+from deepseek_ocr_vision.export import ExportError, export_encoder, runtimes
 
 
 def needs(*packages):
@@ -59,6 +60,13 @@ def test_other_runtimes_give_the_model_s_tokens(format, suffix, feature_mode, tm
     assert result.difference < 1e-4
     assert len(result.seconds) == 2
     assert result.peak_bytes > 1 << 20
+
+
+def test_where_the_system_does_not_tell_the_memory_it_is_unknown(monkeypatch):
+    """Pins `import resource`, which fails on Windows and with it every export there."""
+    assert runtimes.peak_bytes() > 1 << 20
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert runtimes.peak_bytes() is None
 
 
 def test_exported_with_any_batch_it_gives_the_model_s_tokens():
