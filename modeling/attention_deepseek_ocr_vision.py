@@ -83,18 +83,13 @@ def is_open(*sizes: int | torch.SymInt) -> bool:
 
 
 def has_products(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> bool:
-    """Whether a CPU multiplies in a dtype: half precision that it has to emulate takes four times as long as float32.
-
-    Args:
-        dtype: A floating-point one.
-        capabilities: What `torch.cpu.get_capabilities()` says. Where it says nothing, it is taken to.
-    """
+    """Whether a CPU multiplies in a dtype, by `torch.cpu.get_capabilities()`; where they say nothing, it does."""
     needed = _HALF_PRODUCTS.get(dtype, ())
     return not needed or capabilities.get("architecture") != "x86_64" or any(map(capabilities.get, needed))
 
 
 def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device is a CPU without products in a dtype."""
+    """Whether a device is a CPU without products in a dtype, which emulates them in four times what float32 takes."""
     return device.type == "cpu" and not has_products(dtype, _cpu_capabilities())
 
 
@@ -161,12 +156,8 @@ def sdpa_attention(
     if query.shape[0] == 0:
         # PyTorch's gives the mask no gradient then, not even an empty one, and DDP would wait for it.
         return eager_attention(module, query, key, value, attention_mask, scaling=scaling)[0], None
-    if (
-        attention_mask is None
-        and torch.is_grad_enabled()
-        and not is_recording()
-        and torch.backends.cuda.flash_sdp_enabled()
-    ):
+    is_plain = attention_mask is None and torch.is_grad_enabled() and not is_recording()
+    if is_plain and torch.backends.cuda.flash_sdp_enabled():  # in this order: a graph cannot ask the second
         query, key, value = (_DifferentiableOnce.apply(part, False) for part in (query, key, value))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return output.transpose(1, 2), None
@@ -189,10 +180,9 @@ def attention_function(attn_implementation: str) -> Callable:
     Raises:
         ValueError: No function goes by that name.
     """
-    if attn_implementation in _ATTENTION_FUNCTIONS:
-        return _ATTENTION_FUNCTIONS[attn_implementation]
-    if attn_implementation in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[attn_implementation]
+    for functions in (_ATTENTION_FUNCTIONS, ALL_ATTENTION_FUNCTIONS):
+        if attn_implementation in functions:
+            return functions[attn_implementation]
     allowed = ", ".join(_ATTENTION_FUNCTIONS)
     raise ValueError(
         f"`attn_implementation` is {attn_implementation!r}; it has to be one of {allowed}, or a name registered with "
@@ -476,11 +466,7 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        qkv: torch.Tensor,
-        table_h: torch.Tensor,
-        table_w: torch.Tensor,
-        module: "SamAttention",
-        shape: tuple[int, int, int],
+        qkv: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor, module: "SamAttention", shape: Sequence[int]
     ) -> torch.Tensor:
         return _blockwise(qkv, table_h, table_w, module.num_heads, shape)
 
@@ -506,10 +492,8 @@ class _BlockwiseAttention(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         plain = partial(_windowed_attention, "eager", ctx.module, ctx.shape)
         pulled_back = torch.func.vjp(plain, *ctx.saved_tensors)
-        filled = [
-            torch.zeros_like(part) if tangent is None else tangent
-            for part, tangent in zip(ctx.saved_tensors, tangents, strict=False)
-        ]
+        pairs = zip(ctx.saved_tensors, tangents, strict=False)
+        filled = [torch.zeros_like(part) if tangent is None else tangent for part, tangent in pairs]
         # The derivative forward is the transpose of that backward; `torch.func.jvp` must not be nested.
         return torch.func.vjp(pulled_back[1], torch.zeros_like(pulled_back[0]))[1](tuple(filled))[0].contiguous()
 
@@ -598,12 +582,8 @@ def _window_gradients(
     return grad_query, grad_key, grad_value, grad_h, grad_w
 
 
-def _without_padding(
-    grad: torch.Tensor,  # [G, N, D]
-    windows: _Windows,
-    padded: torch.Tensor | None,  # [A, D], added to
-) -> torch.Tensor:  # [G, s, t, D]
-    """A key's or a value's gradient for the tokens of the grid; what belongs to padded ones is added up elsewhere."""
+def _without_padding(grad: torch.Tensor, windows: _Windows, padded: torch.Tensor | None) -> torch.Tensor:
+    """The part [G, s, t, D] of a gradient [G, N, D] that is no padding's; that is added to `padded` [A, D]."""
     down, across, num_heads, rows, columns, head_dim = windows.shape
     grad = grad.unflatten(1, (windows.rel_h.shape[-1], windows.rel_w.shape[-1]))  # [G, S, T, D]
     real = grad[:, :rows, :columns]

@@ -76,10 +76,8 @@ def pad_and_concatenate(
         nothing = flatten_views(tiles, pages, **special_tokens)  # [0, N, C]
         return nothing, nothing.new_ones(nothing.shape[:2], dtype=torch.bool), nothing.mean(dim=1)
     of_each = tiles.split([columns * rows for columns, rows in grids])
-    rows = [
-        flatten_views(as_one_grid(own, *grid), page, **special_tokens)
-        for page, own, grid in zip(pages, of_each, grids, strict=True)
-    ]
+    views = zip(pages, of_each, grids, strict=True)
+    rows = [flatten_views(as_one_grid(own, *grid), page, **special_tokens) for page, own, grid in views]
     hidden_states = pad_sequence(rows, batch_first=True)
     # Made where the tokens are: an accelerator would wait for lengths from the host.
     mask = pad_sequence([row.new_ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
@@ -106,9 +104,8 @@ def grids_of_tiles(
                 "columns and rows of an image's tiles, and the product of both."
             )
     if sum(counts) != len(tiles):
-        raise ValueError(
-            f"`num_local_patches` adds up to {sum(counts)}, but `pixel_values_local` has {len(tiles)} tiles."
-        )
+        given = f"`pixel_values_local` has {len(tiles)} tiles"
+        raise ValueError(f"`num_local_patches` adds up to {sum(counts)}, but {given}.")
     return [tuple(grid) if count else (0, 0) for count, grid in zip(counts, grids, strict=True)]
 
 
