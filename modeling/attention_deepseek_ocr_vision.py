@@ -159,8 +159,9 @@ def sdpa_attention(
     is_plain = attention_mask is None and torch.is_grad_enabled() and not is_recording()
     if is_plain and torch.backends.cuda.flash_sdp_enabled():  # in this order: a graph cannot ask the second
         query, key, value = (_DifferentiableOnce.apply(part, False) for part in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.transpose(1, 2), None
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling).transpose(1, 2)
+    # In a graph for ONNX its memory gets another order than it had when the graph was recorded.
+    return output.clone(memory_format=torch.contiguous_format) if is_recording() else output, None
 
 
 # How SAM's bias gets into the logits; without one they are all SDPA.

@@ -69,6 +69,18 @@ def test_where_the_system_does_not_tell_the_memory_it_is_unknown(monkeypatch):
     assert runtimes.peak_bytes() is None
 
 
+@needs("onnx", "onnxscript", "onnxruntime")
+def test_onnx_as_people_export_it_gives_the_model_s_tokens(tmp_path):
+    """Pins `torch.onnx.export` with gradients and the default attention: "Cannot view a tensor with shape ..."."""
+    import onnxruntime
+
+    model, batch, file = model_of(), pixels(1, 128, 64), tmp_path / "encoder.onnx"
+    torch.onnx.export(model, (batch,), file, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(file)
+    tokens = session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0]
+    assert relative_error(torch.from_numpy(tokens), model(batch).last_hidden_state) < 1e-4
+
+
 def test_exported_with_any_batch_it_gives_the_model_s_tokens():
     """Pins a batch size that exporting took for a constant."""
     model = model_of()
