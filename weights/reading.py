@@ -69,8 +69,8 @@ def chosen_dtype(dtype: str | torch.dtype | None, *, stored: torch.dtype) -> tor
 
 
 def fast_dtype(stored: torch.dtype) -> torch.dtype:
-    """What to compute in where nobody has chosen: the stored dtype, or float32 where the processor is no accelerator
-    and has no products in half precision, which it would emulate in four times the time. A line in the log says so.
+    """What to compute in where nobody has chosen: the stored dtype, or float32 where there is no accelerator and the
+    processor has no products in half precision, which it would emulate in four times the time. The log says so.
     """
     if torch.accelerator.is_available() or not is_emulated(stored, torch.device("cpu")):
         return stored
