@@ -169,13 +169,14 @@ def read(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     """Write an encoder as a file for another runtime.
 
-    Write an encoder as ONNX, pt2 (torch.export) or OpenVINO, for pages of one size, in batches of any. The file is run
-    in its own runtime, and kept only if it gives the model's tokens. Needs the extra `export`, but for pt2.
+    Write an encoder as ONNX, pt2 (torch.export) or OpenVINO, for pages of one size or of any, and for any batch. The
+    file is run in its own runtime, and kept only if it gives the model's tokens. Needs the extra `export`, but for
+    pt2.
     """
     compare_checksums(options.model)
     model, image_processor = load_encoder(options.model, **_chosen(options, "feature_mode", "dtype"))
     size = None if options.size is None else tuple(options.size) if len(options.size) == 2 else options.size[0]
-    choices = _chosen(options, "format", "raw_images") | {"size": size, "image_processor": image_processor}
+    choices = _chosen(options, "format", "dynamic", "raw_images") | {"size": size, "image_processor": image_processor}
     result = export_encoder(model, options.out, **choices)
     memory = "" if result.peak_bytes is None else f", with {result.peak_bytes / 1e9:.1f} GB of memory"
     sys.stdout.write(
@@ -383,6 +384,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     add("--out", required=True, help="file to write, ending in .onnx, .pt2 or, for OpenVINO, .xml")
     sides = "side of a page, or height and width (default: the encoder's own)"
     add("--size", type=int, nargs="+", metavar="PIXELS", help=sides)
+    add("--dynamic", action="store_true", help="pages of any size")
     add("--feature-mode", choices=FEATURE_MODES, help="other features than the checkpoint's")
     add("--dtype", choices=("float32", "float16"), default="float32", help="to compute in (default: %(default)s)")
     add("--raw-images", action="store_true", help="take images of uint8, which the file normalises, not pixels")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_choice, require_integer
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_choice, require_flag, require_integer
 from deepseek_ocr_vision.configuration.extras import require
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import resize_positions
@@ -35,10 +35,16 @@ from . import runtimes
 Format = Literal["onnx", "pt2", "openvino"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
+# Whose runtimes resize tables of positions as PyTorch does.
+_DYNAMIC_FORMATS: tuple[Format, ...] = ("onnx", "pt2")
+
 _SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("openvino",)}
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
 _INPUT, _OUTPUT = "pixel_values", "last_hidden_state"
+
+_LEAST_TOKENS = 2
+"""Tokens that a page has in height and in width at least, where its size is left open."""
 
 
 class ExportError(ValueError):
@@ -113,12 +119,13 @@ def export_encoder(
     *,
     format: Format,
     size: int | tuple[int, int] | None = None,
+    dynamic: bool = False,
     raw_images: bool = False,
     image_processor: DeepSeekOCRVisionImageProcessor | None = None,
 ) -> Export:
-    """Write an encoder for another runtime; pages of one size, in batches of any.
+    """Write an encoder for another runtime; pages of one size or of any, in batches of any.
 
-    The file is run in its own runtime, in a fresh process, on random pixels in two batches, and gets its name only if
+    The file is run in its own runtime, in a fresh process, on random pixels in some batches, and gets its name only if
     its tokens are the model's. Beside it a JSON file says what goes in, what comes out, and how pages are prepared.
 
     Args:
@@ -127,6 +134,8 @@ def export_encoder(
         format: `"onnx"` for ONNX Runtime and others, `"pt2"` for `torch.export.load`, or `"openvino"`.
         size: Side of a square page in pixels, or height and width; multiples of `config.patch_size`. By default
             `config.image_size`.
+        dynamic: Whether pages may be of any size, of at least two tokens in height and in width, in place of `size`.
+            OpenVINO cannot resize the tables of positions that this takes.
         raw_images: Whether the input is uint8 [B, height, width, 3] of that size in place of normalised pixels.
         image_processor: What prepares the pages. By default the one that belongs to the model.
 
@@ -135,26 +144,28 @@ def export_encoder(
         ImportError: A package of the extra `export` is not installed.
         OSError: The folder of `file` is not there, or the file cannot be written.
         TypeError: An argument is of a wrong type.
-        ValueError: `format` is none of these, or `file`, `size`, or the model's dtype or device does not fit.
+        ValueError: `format` is none of these, or `file`, `size`, `dynamic`, or the model's dtype or device does not
+            fit.
     """
     file = Path(file)
-    require_choice("format", format, FORMATS)
-    if file.suffix != _SUFFIXES[format]:
-        raise ValueError(f"`file` is {str(file)!r}; for format {format!r} it has to end in {_SUFFIXES[format]!r}.")
-    if model.dtype not in _TOLERANCES or model.device.type != "cpu":
-        raise ValueError(
-            f"`model` is in {model.dtype} on {model.device}; it has to be in float32 or float16 on the CPU."
-        )
+    _check_arguments(model, file, format, size=size, dynamic=dynamic)
     height, width = _page_size(model, size)
     for package in _PACKAGES[format]:
         require(package, f"Export to {format}", extra="export")
     image_processor = image_processor or model.default_image_processor()
     module = _TokensOfImages(model, image_processor) if raw_images else _Tokens(model)
-    batches = [_random_input(number, height, width, model, raw_images) for number in (2, 1)]
+    token_size = model.config.patch_size
+    # The first is exported; the others are what the file is to run with besides.
+    shapes = [(2, height, width), (1, height, width)]
+    if dynamic:
+        least = _LEAST_TOKENS * token_size
+        shapes = [(2, least, least + token_size), (3, 3 * token_size, least), (1, least + height, least + width)]
+    batches = [_random_input(*shape, model, raw_images) for shape in shapes]
     with _ready_to_export(model), staging_folder(file.parent) as folder:
         expected = [module(batch) for batch in batches]
-        with _positions_for(model, height, width):
-            _WRITERS[format](module, batches[0], folder / file.name)
+        with nullcontext() if dynamic else _positions_for(model, height, width):
+            program = _program(module, batches[0], token_size=token_size if dynamic else None)
+            _WRITERS[format](program, batches[0], folder / file.name)
         measured, difference = _compare(format, folder / file.name, batches, expected)
         tolerance = _TOLERANCES[model.dtype]
         if not difference <= tolerance:
@@ -163,12 +174,32 @@ def export_encoder(
                 f"{difference:.1e} of the standard deviation, and {tolerance:.0e} is allowed. {file} was not written."
             )
         export = Export(file, file.with_name(f"{file.name}.json"), difference, tolerance, **measured)
-        description = _describe(model, batches[0], expected[0], image_processor, format) | _plain(export)
+        choices = {"format": format, "dynamic": dynamic}
+        description = _describe(model, batches[0], expected[0], image_processor, **choices) | _plain(export)
         (folder / export.description.name).write_text(json.dumps(description, indent=2) + "\n")
         # The file itself last: it is complete when it is there.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == file.name):
             os.replace(path, file.parent / path.name)
     return export
+
+
+def _check_arguments(
+    model: DeepSeekOCRVisionModel, file: Path, format: Format, *, size: int | tuple[int, int] | None, dynamic: bool
+) -> None:
+    require_choice("format", format, FORMATS)
+    if file.suffix != _SUFFIXES[format]:
+        raise ValueError(f"`file` is {str(file)!r}; for format {format!r} it has to end in {_SUFFIXES[format]!r}.")
+    if model.dtype not in _TOLERANCES or model.device.type != "cpu":
+        raise ValueError(
+            f"`model` is in {model.dtype} on {model.device}; it has to be in float32 or float16 on the CPU."
+        )
+    if require_flag("dynamic", dynamic) and size is not None:
+        raise ValueError(f"`dynamic` is for pages of any size, so it takes no `size`, but `size` is {size!r}.")
+    if dynamic and format not in _DYNAMIC_FORMATS:
+        raise ValueError(
+            f"`dynamic` does not go with format {format!r}, whose conversion cannot resize the tables of positions as "
+            f"PyTorch does; it goes with {_DYNAMIC_FORMATS}."
+        )
 
 
 def _page_size(model: DeepSeekOCRVisionModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -222,34 +253,39 @@ def _positions_for(model: DeepSeekOCRVisionModel, height: int, width: int) -> It
         clip.set_input_embeddings(embeddings)
 
 
-def _program(module: nn.Module, batch: torch.Tensor) -> torch.export.ExportedProgram:
-    return torch.export.export(
-        module, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},), strict=False
+def _program(module: nn.Module, batch: torch.Tensor, *, token_size: int | None) -> torch.export.ExportedProgram:
+    """The graph, for batches of any size, and for pages of any where the pixels a token are given."""
+    sizes: dict[int, Any] = {0: torch.export.Dim("batch", max=1024)}
+    if token_size is not None:
+        # An export takes one token for a size that stays.
+        sides = {name: torch.export.Dim(name, min=_LEAST_TOKENS, max=1024) for name in ("rows", "columns")}
+        sizes |= {dim: token_size * side for dim, side in zip(_page_dims(batch), sides.values(), strict=True)}
+    return torch.export.export(module, (batch,), dynamic_shapes=(sizes,), strict=False)
+
+
+def _page_dims(batch: torch.Tensor) -> dict[int, str]:
+    """Which dimensions of pixels, or of images as they are stored, are a page's height and width."""
+    first = 1 if batch.dtype == torch.uint8 else 2
+    return {first: "height", first + 1: "width"}
+
+
+def _write_pt2(program: torch.export.ExportedProgram, batch: torch.Tensor, file: Path) -> None:
+    torch.export.save(program, file)
+
+
+def _write_onnx(program: torch.export.ExportedProgram, batch: torch.Tensor, file: Path) -> None:
+    model = torch.onnx.export(
+        program, (batch,), input_names=[_INPUT], output_names=[_OUTPUT], dynamo=True, verbose=False
     )
-
-
-def _write_pt2(module: nn.Module, batch: torch.Tensor, file: Path) -> None:
-    torch.export.save(_program(module, batch), file)
-
-
-def _write_onnx(module: nn.Module, batch: torch.Tensor, file: Path) -> None:
-    program = torch.onnx.export(
-        _program(module, batch),
-        (batch,),
-        input_names=[_INPUT],
-        output_names=[_OUTPUT],
-        dynamo=True,
-        verbose=False,
-    )
-    if program is None:
+    if model is None:
         raise RuntimeError("`torch.onnx.export` gave nothing.")
-    program.save(file)
+    model.save(file)
 
 
-def _write_openvino(module: nn.Module, batch: torch.Tensor, file: Path) -> None:
+def _write_openvino(program: torch.export.ExportedProgram, batch: torch.Tensor, file: Path) -> None:
     import openvino
 
-    model = openvino.convert_model(_program(module, batch))
+    model = openvino.convert_model(program)
     model.inputs[0].set_names({_INPUT})
     model.outputs[0].set_names({_OUTPUT})
     # It would store weights in float16.
@@ -289,18 +325,24 @@ def _describe(
     batch: torch.Tensor,
     tokens: torch.Tensor,
     image_processor: DeepSeekOCRVisionImageProcessor,
+    *,
     format: Format,
+    dynamic: bool,
 ) -> dict[str, Any]:
     """What whoever runs the file needs to know."""
 
-    def described(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-        return {"name": name, "shape": ["batch", *tensor.shape[1:]], "dtype": str(tensor.dtype).removeprefix("torch.")}
+    def described(name: str, tensor: torch.Tensor, open_sizes: dict[int, str]) -> dict[str, Any]:
+        names = {0: "batch"} | (open_sizes if dynamic else {})
+        shape = [names.get(dim, size) for dim, size in enumerate(tensor.shape)]
+        return {"name": name, "shape": shape, "dtype": str(tensor.dtype).removeprefix("torch.")}
 
+    token_size = model.config.patch_size
+    sides = {"multiples_of": token_size, "at_least": _LEAST_TOKENS * token_size}
     return {
         "format": format,
         "feature_mode": model.config.feature_mode,
-        "inputs": [described(_INPUT, batch)],
-        "outputs": [described(_OUTPUT, tokens)],
+        "inputs": [described(_INPUT, batch, _page_dims(batch)) | ({"height_and_width": sides} if dynamic else {})],
+        "outputs": [described(_OUTPUT, tokens, {1: "tokens"})],
         "preprocessing": image_processor.to_dict(),
         "versions": {name: version(name) for name in ("torch", *_PACKAGES[format])},
     }

@@ -62,6 +62,20 @@ def test_other_runtimes_give_the_model_s_tokens(format, suffix, feature_mode, tm
     assert result.peak_bytes > 1 << 20
 
 
+@pytest.mark.parametrize(
+    ("format", "suffix"),
+    [("pt2", ".pt2"), pytest.param("onnx", ".onnx", marks=needs("onnx", "onnxscript", "onnxruntime"))],
+)
+def test_one_file_serves_pages_of_any_size(format, suffix, tmp_path):
+    """Pins `dynamic`: a file for one size, or one that resizes its tables in another way than the model."""
+    model = model_of()
+    result = export_encoder(model, tmp_path / f"encoder{suffix}", format=format, dynamic=True)
+    assert result.difference < 1e-4
+    description = json.loads(result.description.read_text())
+    assert description["inputs"][0]["shape"] == ["batch", 3, "height", "width"]
+    assert description["outputs"][0]["shape"] == ["batch", "tokens", model.config.hidden_size]
+
+
 def test_where_the_system_does_not_tell_the_memory_it_is_unknown(monkeypatch):
     """Pins `import resource`, which fails on Windows and with it every export there."""
     assert runtimes.peak_bytes() > 1 << 20
@@ -117,6 +131,8 @@ def test_a_file_that_gives_other_tokens_is_not_left_behind_and_the_model_is_as_b
         ({"file": "encoder.onnx"}, r"'encoder\.onnx'.*'\.pt2'"),
         ({"size": 100}, r"`size` is 100.*multiples of 64"),
         ({"size": (64, 0)}, "`size`"),
+        ({"dynamic": True, "size": 64}, r"`dynamic`.*`size`"),
+        ({"dynamic": True, "format": "openvino", "file": "encoder.xml"}, r"`dynamic`.*'openvino'.*'pt2'"),
         ({"model": model_of().bfloat16()}, r"bfloat16.*float32 or float16"),
     ],
 )
