@@ -47,13 +47,11 @@ from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionC
 
 
 BLOCK_BYTES = 16 << 20
-"""Size of a block of logits. Of 1 to 64 MiB, 16 were fastest in both dtypes for a global block at 1024 on two cores
-with AVX-512 and AMX (float32 0.29 s, bfloat16 0.18 s; with 2 MiB 0.38 s and 0.51 s), windows fit in any."""
+"""Size of a block of logits. Of 1 to 64 MiB, 16 were fastest for a global block at 1024 on two cores with AMX."""
 
 COPY_BYTES = 6 << 20
-"""How much of queries, keys and values the backward pass copies at once: in float32 at 1024, two heads of a page. With
-all twelve the peak of a step with gradient checkpointing was 0.13 GB higher. The forward pass copies all: with two at
-a time four pages took 20.6 s in place of 18.3 s, for memory that glibc gave back and got again."""
+"""How much of queries, keys and values the backward pass copies at once: in float32 at 1024, two heads of a page. All
+twelve raise the peak with gradient checkpointing by 0.13 GB. The forward pass copies all, which is 1.1 x as fast."""
 
 # What a processor has to have, by the names of `torch.cpu.get_capabilities()`, to multiply in half precision.
 _HALF_PRODUCTS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
@@ -233,13 +231,27 @@ def fold_bias(
     key: torch.Tensor,  # [..., N, D], of S x T tokens
     rel_h: torch.Tensor,  # [..., s, t, S], of the query before it was scaled
     rel_w: torch.Tensor,  # [..., s, t, T]
-) -> tuple[torch.Tensor, torch.Tensor]:  # [..., s, t, D + S + T], [..., N, D + S + T]
+    filling: int = 0,  # F, zeros at the end
+) -> tuple[torch.Tensor, torch.Tensor]:  # [..., s, t, D + S + T + F], [..., N, D + S + T + F]
     """Fold relative positions into the width of a head, so that a logit is a plain dot product."""
     height, width = rel_h.shape[-1], rel_w.shape[-1]
     rows = torch.eye(height, dtype=key.dtype, device=key.device)[:, None].expand(height, width, height)
-    columns = torch.eye(width, dtype=key.dtype, device=key.device).expand(height, width, width)
-    place = torch.cat([rows, columns], dim=-1).flatten(0, 1).expand(*key.shape[:-1], height + width)  # [..., N, S + T]
+    columns = torch.eye(width, width + filling, dtype=key.dtype, device=key.device).expand(height, -1, -1)
+    place = torch.cat([rows, columns], dim=-1).flatten(0, 1).expand(*key.shape[:-1], height + width + filling)
+    rel_w = F.pad(rel_w, (0, filling)) if is_open(filling) or filling else rel_w
     return torch.cat([query, rel_h, rel_w], dim=-1), torch.cat([key, place], dim=-1)
+
+
+def kernel_filling(width: int, dtype: torch.dtype, capability: tuple[int, int], *, is_trained: bool) -> int:
+    """How much wider queries and keys are made for fused kernels on CUDA, by PyTorch's `sdp_utils.cpp`.
+
+    In half precision to a multiple of 8, or they copy. On consumer cards (8.6 to 8.9, 12) flash attention has no
+    backward pass for 193 to 224 (`check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89`).
+    """
+    if dtype.itemsize > 2:
+        return 0
+    is_consumer_card = (8, 6) <= capability <= (8, 9) or capability[0] == 12
+    return 232 - width if is_consumer_card and is_trained and 192 < width <= 224 else -width % 8
 
 
 # All windows at once, in steps that autograd, compilers and `torch.func` know.
@@ -310,12 +322,15 @@ def _windowed_attention(
     query, key, value = split_heads(windows, module.num_heads)  # each [B x windows, A, N, D]
     rel_h, rel_w = relative_position_terms(query.unflatten(2, window), table_h, table_w)
     if name == "sdpa_folded":
-        query = (query * module.scaling).unflatten(2, window)
-        query, key = fold_bias(query, key, rel_h, rel_w)
-        # Flash kernels ask for values as wide as keys.
-        wide_value = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
-        output = sdpa_attention(module, query.flatten(2, 3), key, wide_value, None, scaling=1.0)[0]
-        output = output[..., : value.shape[-1]]
+        query, width, filling = (query * module.scaling).unflatten(2, window), value.shape[-1], 0
+        if query.is_cuda:
+            capability = torch.cuda.get_device_capability(query.device) if torch.cuda.is_available() else (0, 0)
+            filling = kernel_filling(width + sum(window), query.dtype, capability, is_trained=query.requires_grad)
+        query, key = fold_bias(query, key, rel_h, rel_w, filling)
+        if not query.is_cuda or query.dtype.itemsize < 4:
+            # Flash kernels ask for values as wide as keys; the one for float32 on CUDA does not.
+            value = F.pad(value, (0, key.shape[-1] - width))
+        output = sdpa_attention(module, query.flatten(2, 3), key, value, None, scaling=1.0)[0][..., :width]
     else:
         # Both are small; contiguous, they make their large sum contiguous as well, so that the view copies nothing.
         bias = rel_h.contiguous()[..., :, None] + rel_w.contiguous()[..., None, :]  # [B x windows, A, S, T, S, T]
@@ -342,8 +357,7 @@ class _Windows:
     value: torch.Tensor  # [G, N, D]
     rel_h: torch.Tensor  # [G, s, t, S]
     rel_w: torch.Tensor  # [G, s, t, T]
-    # In half precision, query and key with the bias folded in: on two cores with AMX the logits of a global block take
-    # 32 ms so, and 56 ms with the bias added first; in float32 234 and 103 ms. And what is not added is not rounded.
+    # In half precision, query and key with the bias folded in: with AMX in 0.6 of the time, in float32 in 2.3 times.
     folded: tuple[torch.Tensor, torch.Tensor] | None
 
     def gather(self, grid: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,8 @@ from .attention_deepseek_ocr_vision import at_least_float32, is_open, is_recordi
 
 
 PIECE_TOKENS = 2048
-"""Tokens whose hidden layer an MLP computes at once where nothing is kept for backward. On two cores, four pages of
-1024 take 0.51 s a block of SAM in float32 and 0.09 s in bfloat16 so, and all at once 0.58 s and 0.16 s. On a GPU, from
-how many tokens on an activation is computed again; that has not been measured."""
+"""Tokens whose hidden layer an MLP computes at once where nothing is kept for backward: on two cores 0.51 in place of
+0.58 s a block of SAM. On a GPU, from how many on an activation is computed again, which has not been measured."""
 
 
 class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
@@ -106,11 +105,8 @@ class LayerGroups:
 
 
 def keep_rng_state() -> AbstractContextManager:
-    """Leave the random state to `_init_weights` while modules are built.
-
-    PyTorch's modules initialise their weights when they are built, but not on the meta device, where transformers
-    builds a model that it loads: one seed would give two models.
-    """
+    """Leave the random state to `_init_weights`: PyTorch's modules draw from it when they are built, but not on the
+    meta device, where transformers builds a model that it loads, and one seed would give two models."""
     return torch.random.fork_rng(devices=[])
 
 
@@ -189,9 +185,7 @@ def needs_gradient(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
 
 
 def _can_compute_again(hidden_layer: torch.Tensor) -> bool:
-    """Whether `torch.utils.checkpoint` works here: not while a CUDA graph is recorded, when the random state cannot be
-    read, nor under the transforms of `torch.func`, whose tensors have no memory of their own.
-    """
+    """Whether `torch.utils.checkpoint` works: not while a CUDA graph is recorded, nor in `torch.func`'s transforms."""
     if hidden_layer.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     try:

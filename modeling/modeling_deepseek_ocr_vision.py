@@ -256,11 +256,11 @@ def _switch(value: Any, *, default: Any) -> bool:
 
 def _count_from_start(error: Exception, start: int) -> None:
     """Let an error about an image of a batch name its index in the whole list."""
-    index = re.compile(r"(?<=\bimages\[)\d+(?=\])")
-    error.args = tuple(
-        index.sub(lambda match: str(int(match[0]) + start), part) if isinstance(part, str) else part
-        for part in error.args
-    )
+
+    def counted(text: str) -> str:
+        return re.sub(r"(?<=\bimages\[)\d+(?=\])", lambda match: str(int(match[0]) + start), text)
+
+    error.args = tuple(counted(part) if isinstance(part, str) else part for part in error.args)
 
 
 def _parameters(module: nn.Module, *names: str) -> list[nn.Parameter]:

@@ -405,8 +405,8 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
     def _factor_and_shift(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """What the 256 levels are multiplied by, and what is added, per channel: both [3, 1, 1]."""
         factor = self.rescale_factor if self.do_rescale else scale
-        mean = torch.tensor(self.image_mean, dtype=torch.float64).view(3, 1, 1)
-        std = torch.tensor(self.image_std, dtype=torch.float64).view(3, 1, 1)
+        channels = torch.tensor([self.image_mean, self.image_std], dtype=torch.float64)
+        mean, std = channels.view(2, 3, 1, 1)
         if not self.do_normalize:
             mean, std = torch.zeros_like(mean), torch.ones_like(std)
         return (factor / std).float(), (-mean / std).float()

@@ -24,11 +24,7 @@ _UPRIGHT = {number: Image.Transpose[name] for number, name in enumerate(_TURNS, 
 # Tags of a TIFF file.
 _BITS, _PHOTOMETRIC, _PLANAR = 258, 262, 284
 # By how a PNG file stores its pixels: its transparent colour in the 8 bits that Pillow makes of them.
-_KEY_IN_8_BITS = {
-    "L;2": lambda key: key * 85,
-    "L;4": lambda key: key * 17,
-    "RGB;16B": lambda key: tuple(level >> 8 for level in key),
-}
+_IN_8_BITS = {"L;2": lambda k: k * 85, "L;4": lambda k: k * 17, "RGB;16B": lambda k: tuple(v >> 8 for v in k)}
 
 
 class ImageTooLargeError(Image.DecompressionBombError, ValueError):
@@ -201,8 +197,8 @@ def _mend_transparent_colour(image: Image.Image) -> None:
     key = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
     stored_as = tiles[0][3] if tiles and image.format == "PNG" else None
-    if stored_as in _KEY_IN_8_BITS and not isinstance(key, bytes | None):
-        image.info["transparency"] = _KEY_IN_8_BITS[stored_as](key)
+    if stored_as in _IN_8_BITS and not isinstance(key, bytes | None):
+        image.info["transparency"] = _IN_8_BITS[stored_as](key)
 
 
 def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
@@ -236,8 +232,7 @@ def _rgb(image: Image.Image, name: str, *, do_convert_rgb: bool) -> tuple[Image.
 
 def _grey(image: Image.Image, name: str) -> tuple[Image.Image, float]:
     """An image of 16-bit or float grey as one of 256 levels, and the value of one level."""
-    tags = getattr(image, "tag_v2", {})
-    array = np.asarray(image)
+    tags, array = getattr(image, "tag_v2", {}), np.asarray(image)
     if tags.get(_BITS) == (12,):
         array = (array * np.float32(65535 / 4095)).astype(np.uint16)
     levels, scale = _levels(array, name, is_16_bit=image.mode != "F")

@@ -56,9 +56,8 @@ class DeepSeekOCRVisionProcessor(AtomicSavingMixin, ProcessorMixin):
             )
         if images is None:
             raise ValueError("`images` is None; give an image or a list of images.")
-        for group in ("videos_kwargs", "audio_kwargs"):
-            given.pop(group, None)
-        common, own = (given.pop(group, None) or {} for group in ("common_kwargs", "images_kwargs"))
+        groups = ("common_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs")
+        common, own, *_ = (given.pop(group, None) or {} for group in groups)
         twice = sorted(name for name in own if name in given)
         if twice:
             raise ValueError(f"{twice} are given twice: by themselves and inside `images_kwargs`.")

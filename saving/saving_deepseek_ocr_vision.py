@@ -11,9 +11,7 @@ from typing import Any
 PACKAGE = "deepseek_ocr_vision"
 CHECKSUMS = "SHA256SUMS"
 IN_PACKAGE = __name__.startswith(f"{PACKAGE}.")
-NEEDS_PACKAGE = (
-    "This needs the package deepseek-ocr-vision; what a checkpoint carries of it only loads, runs and trains."
-)
+NEEDS_PACKAGE = "This needs the package deepseek-ocr-vision; what a checkpoint carries only loads, runs and trains."
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek_ocr_vision.DeepSeekOCRVisionConfig",
     "AutoModel": "modeling_deepseek_ocr_vision.DeepSeekOCRVisionModel",

@@ -9,8 +9,10 @@ from helpers import EVERY_FEATURE_MODE, pixels, relative_error, tiny_config
 from packaging import version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel
 
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision.modeling.attention_deepseek_ocr_vision import fold_bias, kernel_filling
 
 
 pytestmark = pytest.mark.skipif(
@@ -88,6 +90,52 @@ def test_a_graph_for_an_accelerator_has_the_bias_folded_in():
     calls = [node for node in graph.nodes if "scaled_dot_product_attention" in str(node.target)]
     assert len(calls) == 4
     assert all(len(call.args) < 4 and call.kwargs.get("attn_mask") is None for call in calls)
+
+
+def test_in_half_precision_queries_and_keys_are_as_wide_as_kernels_take():
+    """Pins windows 92 wide, which two kernels refuse and one copies."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = AutoModel.from_config(tiny_config(), dtype=torch.bfloat16).eval()
+        graph = torch.export.export(model, (torch.empty(1, 3, 128, 192),), strict=False).graph
+    calls = [node for node in graph.nodes if "scaled_dot_product_attention" in str(node.target)]
+    widths = [argument.meta["val"].shape[-1] for call in calls[:2] for argument in call.args[:3]]  # of the SAM stage
+    assert widths
+    assert all(width % 8 == 0 for width in widths)
+
+
+BF16, CONSUMER, SERVER = torch.bfloat16, (8, 9), (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "capability", "is_trained", "expected"),
+    [
+        (92, BF16, SERVER, True, 96),  # a window of 14 x 14
+        (92, torch.float16, SERVER, False, 96),
+        (92, torch.float32, SERVER, True, 92),
+        (192, BF16, CONSUMER, True, 192),  # a page of 1024 x 1024
+        (224, BF16, CONSUMER, True, 232),  # a page of 1280 x 1280
+        (196, BF16, (12, 0), True, 232),
+        (224, BF16, CONSUMER, False, 224),
+        (224, BF16, SERVER, True, 224),
+        (224, torch.float32, CONSUMER, True, 224),
+        (228, BF16, CONSUMER, True, 232),
+    ],
+)
+def test_widths_are_filled_up_to_what_the_kernels_take(width, dtype, capability, is_trained, expected):
+    """Pins a window's width that kernels copy, and pages that consumer cards cannot train on."""
+    assert width + kernel_filling(width, dtype, capability, is_trained=is_trained) == expected
+
+
+@pytest.mark.parametrize("filling", [0, 4, 8])
+def test_what_is_filled_up_changes_no_logit(filling):
+    """Pins ones in the filling, or a place of a key that moved with it."""
+    torch.manual_seed(0)
+    query, key, rel_h, rel_w = (torch.randn(shape) for shape in ((2, 3, 5, 7), (2, 15, 7), (2, 3, 5, 3), (2, 3, 5, 5)))
+    expected = torch.einsum("gstd,gnd->gstn", query, key).unflatten(-1, (3, 5))
+    expected = expected + rel_h[..., :, None] + rel_w[..., None, :]
+    query, key = fold_bias(query, key, rel_h, rel_w, filling)
+    assert query.shape[-1] == key.shape[-1] == 7 + 3 + 5 + filling
+    torch.testing.assert_close(torch.einsum("gstd,gnd->gstn", query, key), expected.flatten(-2))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
