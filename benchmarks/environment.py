@@ -14,7 +14,7 @@ import psutil
 from benchmarks.processes import ROOT
 
 
-PACKAGES = ("torch", "transformers", "torchvision", "pillow", "deepseek-ocr-encoder", "peft")
+PACKAGES = ("torch", "transformers", "torchvision", "pillow", "deepseek-ocr-encoder", "peft", "torchao", "onnxruntime")
 
 
 def environment(machine: dict[str, Any], load_at_start: float | None) -> dict[str, Any]:
