@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -174,8 +175,8 @@ def export_encoder(
                 f"{difference:.1e} of the standard deviation, and {tolerance:.0e} is allowed. {file} was not written."
             )
         export = Export(file, file.with_name(f"{file.name}.json"), difference, tolerance, **measured)
-        choices = {"format": format, "dynamic": dynamic}
-        description = _describe(model, batches[0], expected[0], image_processor, **choices) | _plain(export)
+        describe = partial(_describe, model, batches[0], expected[0], image_processor)
+        description = describe(format=format, dynamic=dynamic) | _plain(export)
         (folder / export.description.name).write_text(json.dumps(description, indent=2) + "\n")
         # The file itself last: it is complete when it is there.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == file.name):
