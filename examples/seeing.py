@@ -1,75 +1,238 @@
-"""Train a small encoder on pages of handwriting, token by token, and draw what it sees.
+"""Train a small encoder to read each token's square of a page, and draw what it sees of text, a table, a receipt.
 
-    python examples/seeing.py            # some minutes on two cores
+    python examples/seeing.py                                 # a quarter of an hour on one core
+    python examples/seeing.py --pdf manual.pdf --pdf_page 6   # with a part of a page of yours, which it does not read
     python examples/seeing.py --help
 
-Each token has to tell which digit is on its square and which one comes next in the order of reading. For the first its
-own pixels suffice. For the second it has to look at others, and as the SAM stage here attends in windows only, it is
-the CLIP stage that looks: its attention can be read off a sheet. What it leaves in `--output_dir`:
+A small language model gets one token of a page, and nothing else of it, and has to write what stands on the square of
+64 x 64 pixels that the token stands for. It learns that on typewritten pages of English. What it leaves in
+`--output_dir`:
 
     encoder/        the trained encoder with its image processor, for `deepseek-ocr-vision show PAGE --model ...`
-    page.png        a page of scans that were held out
+    pages.png       text that was held out, a table, a receipt and the PDF's page; their tokens as colours; and what is
+                    read from each token, on its square
+    page.png        the receipt
     sheet.png       that page, and what is seen from one of its tokens
-    next.png        the pixels by which that token knows which digit comes next
-    training/       encoder and answers, as `Trainer` saves them
+    letters.png     the pixels by which that token knows each of its letters
+    training/       encoder and language model, as `Trainer` saves them
 """
 
 import argparse
 import logging
-import math
+import textwrap
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 import torch
-from pages import SPLITS, HandwrittenPages, split_scans
-from PIL import Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from passages import SPLITS, read_texts, split_texts
+from PIL import Image, ImageDraw, ImageFont
+from rapidfuzz.distance import Levenshtein
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from torch.utils.data import Dataset
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
-from deepseek_ocr_vision.composites.small import small_encoder_config
+from deepseek_ocr_vision.composites.small import byte_tokenizer, small_encoder_config, small_text_config
+from deepseek_ocr_vision.encoding.sources import page_of
 from deepseek_ocr_vision.visualize import PageView, draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import save_image
 
 
 logger = logging.getLogger("seeing")
 
-EMPTY = 10  # the class of a square without a digit, after those of the ten digits
-NUM_CLASSES = 11
-NOT_ASKED = -100  # the label that torch's cross entropy passes over
-NUM_TRAINING_PAGES, NUM_HELD_OUT_PAGES = 100_000, 50
+SIDE = 64  # pixels; the square that one token of the encoder stands for
+FONT, BOLD = "DejaVuSansMono", "DejaVuSansMono-Bold"
+EM, ADVANCE, PITCH = 26, 16, 32  # pixels of an em, from letter to letter, and from line to line
+MOST_CHARACTERS = 32  # of a square; of typewritten text there are eight
+NUM_TRAINING_PAGES, NUM_HELD_OUT_PAGES = 100_000, 10
+NUM_LETTERS = 4  # of which the pixels are drawn
+PDF_DPI = 190
+RECEIPT = "a receipt"
 
 
-class LabelledPages(HandwrittenPages):
-    """Pages of handwritten digits with two labels a token: its digit, and the next one in the order of reading."""
+# Pages and what stands on each square
+
+
+class Line(NamedTuple):
+    """A line of typewritten text, in rows and columns of letters from the page's upper left corner."""
+
+    row: float
+    column: float
+    text: str
+    font: str = FONT
+
+
+@cache
+def open_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font of matplotlib's, with so many pixels of an em."""
+    path = Path(mpl.get_data_path(), "fonts", "ttf", f"{name}.ttf")
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def draw_page(lines: Iterable[Line], page_size: int, *, rules: Iterable[float] = ()) -> dict:
+    """A page: `image`, and `texts`, what stands on the square of each token.
+
+    Args:
+        lines: What is written, from top to bottom; what does not fit on the page is cut off.
+        page_size: Side of the page in pixels.
+        rules: Rows before which a rule is drawn across the page.
+    """
+    page = Image.new("L", (page_size, page_size), color=255)
+    canvas = ImageDraw.Draw(page)
+    places: list[tuple[str, float, float]] = []
+    for row, column, text, font in lines:
+        canvas.text((column * ADVANCE, (row + 0.75) * PITCH), text, fill=0, font=open_font(font, EM), anchor="ls")
+        height = (row + 0.5) * PITCH
+        places += [(letter, (column + index + 0.5) * ADVANCE, height) for index, letter in enumerate(text)]
+    for row in rules:
+        canvas.line((2 * PITCH, row * PITCH, page_size - 2 * PITCH, row * PITCH), fill=0, width=2)
+    return {"image": page.convert("RGB"), "texts": texts_of_squares(places, page_size)}
+
+
+def texts_of_squares(places: Iterable[tuple[str, float, float]], page_size: int) -> list[str]:
+    """What has its middle on each square: small letters, digits and signs, a line below the other.
+
+    Args:
+        places: Characters in the order of reading, and how many pixels their middle is from the left and from the top.
+        page_size: Side of the page in pixels.
+    """
+    squares = page_size // SIDE
+    lines: list[dict[int, str]] = [{} for _ in range(squares * squares)]
+    for character, x, y in places:
+        row, column = int(y // SIDE), int(x // SIDE)
+        if 0 <= row < squares and 0 <= column < squares and character.isascii() and character.isprintable():
+            line = lines[row * squares + column]
+            line[round(y)] = line.get(round(y), "") + character.lower()
+    return ["\n".join(filter(None, map(str.strip, line.values())))[:MOST_CHARACTERS] for line in lines]
+
+
+class TextPages(Dataset):
+    """Typewritten pages of paragraphs of English; some are bold, in capitals, or digits.
+
+    Page `index` follows from the stream and `index` alone.
+
+    Args:
+        text: What is written on the pages.
+        num_pages: Number of pages.
+        page_size: Side of a page in pixels, a multiple of 64.
+        stream: Numbers that tell these pages from others.
+    """
+
+    def __init__(self, text: str, *, num_pages: int, page_size: int, stream: tuple[int, ...]):
+        self.text, self.num_pages, self.page_size, self.stream = text, num_pages, page_size, stream
+
+    def __len__(self) -> int:
+        return self.num_pages
 
     def __getitem__(self, index: int) -> dict:
-        """Page `index`: `image`, and `labels` [N, 2]; nothing comes next for the last digit and for empty squares."""
-        page = super().__getitem__(index)
-        digits = self.choose_digits(np.random.default_rng([*self.stream, index]))
-        labels = np.tile([EMPTY, NOT_ASKED], (len(self.rows()) ** 2, 1))
-        squares = [row * len(self.rows()) + column for (row, column), _ in digits]
-        labels[squares, 0] = [self.scans.digits[scan] for _, scan in digits]
-        labels[squares[:-1], 1] = labels[squares[1:], 0]
-        return {"image": page["image"], "labels": torch.from_numpy(labels)}
+        """Page `index`, as `draw_page` gives it."""
+        if not 0 <= index < self.num_pages:
+            raise IndexError(f"There is no page {index}; there are {self.num_pages}.")
+        lines, rules = self.lines_and_rules(np.random.default_rng([*self.stream, index]))
+        return draw_page(lines, self.page_size, rules=rules)
+
+    def lines_and_rules(self, rng: np.random.Generator) -> tuple[list[Line], list[float]]:
+        """Lines down to the foot of the page, and rules between some paragraphs."""
+        row, last = int(rng.integers(3)), self.page_size // PITCH
+        lines: list[Line] = []
+        rules: list[float] = []
+        while row < last:
+            column, start, change = int(rng.integers(6)), int(rng.integers(len(self.text) - 10_000)), rng.random()
+            length = self.page_size // ADVANCE - column - int(rng.integers(6))
+            font = BOLD if rng.random() < 0.2 else FONT
+            for _ in range(int(rng.integers(1, 7))):
+                text = self.text[start : start + length]
+                if change < 0.2:
+                    text = "".join(str(rng.integers(10)) if letter.isalnum() else letter for letter in text)
+                lines.append(Line(row, column, text.upper() if change > 0.9 else text, font))
+                row, start = row + 1, start + length
+            if rng.random() < 0.4:
+                rules.append(row + float(rng.choice([0.25, 0.5, 0.75])))
+            row += int(rng.integers(1, 3))
+        return lines, rules
 
 
-class TokenReader(nn.Module):
-    """The encoder with one linear layer on its tokens, which scores both answers of each."""
+# Pages as people have them
+
+
+def text_page(text: str, page_size: int) -> dict:
+    """A page of a text under a heading."""
+    heading = Line(2, 4, "What was held out", BOLD)
+    wrapped = textwrap.wrap(text[:4000], page_size // ADVANCE - 8)[: page_size // PITCH - 7]
+    return draw_page([heading, *(Line(5 + row, 4, line) for row, line in enumerate(wrapped))], page_size)
+
+
+def table_page(page_size: int) -> dict:
+    """A page with a table."""
+    rows = [("Mode", "Pixels", "Tokens", "Views"), ("tiny", "512 x 512", "64", "one")]
+    rows += [("small", "640 x 640", "100", "one"), ("base", "1024 x 1024", "256", "one")]
+    rows += [("large", "1280 x 1280", "400", "one"), ("gundam", "640 x 640", "100 a tile", "tiles and page")]
+    lines = [
+        Line(8 + 2 * row, column, cell, FONT if row else BOLD)
+        for row, cells in enumerate(rows)
+        for column, cell in zip((5, 15, 30, 44), cells, strict=True)
+    ]
+    caption = Line(4, 5, "Table 1. Modes and what they make of a page.")
+    return draw_page([caption, *lines], page_size, rules=(6.5, 9.5, 20))
+
+
+def receipt_page(page_size: int) -> dict:
+    """A page with a receipt."""
+    goods = {"Paper, A4": 450, "Ink, black": 1295, "Envelopes": 380, "Pencil HB": 90, "Ruler, 30 cm": 215}
+    prices = [(name, f"{cents / 100:.2f}") for name, cents in (goods | {"TOTAL": sum(goods.values())}).items()]
+    lines = [Line(3, 24, "THE PAPER SHOP", BOLD), Line(6, 12, "26 November 2026, 16:05, till 3")]
+    for index, (name, price) in enumerate(prices):
+        row = 10 + 2 * index + (index == len(goods))
+        lines += [Line(row, 12, name), Line(row, 52 - len(price), price)]
+    return draw_page(lines, page_size, rules=(8.5, 20.5))
+
+
+def pdf_page(path: Path, number: int, page_size: int) -> dict:
+    """The upper left part of a page of a PDF, in letters of about the size that the others have."""
+    page = page_of(path, number, dpi=PDF_DPI)
+    image = Image.new("RGB", (page_size, page_size), "white")
+    image.paste(page, (-page.width // 10, 0))  # less most of its margin
+    return {"image": image}
+
+
+# The model
+
+
+class SquareReader(nn.Module):
+    """The encoder, and a small language model that continues each of its tokens by itself."""
 
     def __init__(self, encoder: DeepSeekOCRVisionModel):
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, 2 * NUM_CLASSES)
+        self.tokenizer = byte_tokenizer()
+        self.encoder, self.language_model = encoder, LlamaForCausalLM(small_text_config(self.tokenizer))
+        self.projector = nn.Linear(encoder.config.hidden_size, self.language_model.config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Loss, and scores [B, N, 2, classes]."""
-        logits = self.scores(self.encoder(pixel_values).last_hidden_state)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=NOT_ASKED)
-        return {"loss": loss, "logits": logits}
+        """Loss of the texts `labels` [B, N, T] of all squares."""
+        tokens, labels = self.encoder(pixel_values).last_hidden_state.flatten(0, 1), labels.flatten(0, 1)
+        logits = self.logits(tokens, labels.clamp(min=0))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
-    def scores(self, tokens: torch.Tensor) -> torch.Tensor:  # [..., C] -> [..., 2, classes]
-        return self.head(tokens).unflatten(-1, (2, NUM_CLASSES))
+    def logits(self, tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Scores [S, T, vocabulary] of what follows each of S tokens [S, C] and the text `ids` [S, T] before it."""
+        embedded = self.language_model.get_input_embeddings()(ids[:, :-1])
+        return self.language_model(inputs_embeds=torch.cat([self.projector(tokens)[:, None], embedded], dim=1)).logits
+
+    @torch.no_grad()
+    def read(self, tokens: torch.Tensor) -> list[str]:
+        """What is written on the squares of tokens [S, C], as far as it can tell."""
+        embedded = self.projector(tokens)[:, None]
+        output = self.language_model.generate(
+            inputs_embeds=embedded, do_sample=False, max_new_tokens=MOST_CHARACTERS + 1
+        )
+        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
 
 
 class Collator:
@@ -77,60 +240,115 @@ class Collator:
 
     Args:
         image_processor: What prepares the images.
+        tokenizer: What makes ids of the texts.
     """
 
-    def __init__(self, image_processor: DeepSeekOCRVisionImageProcessor):
-        self.image_processor = image_processor
+    def __init__(self, image_processor: DeepSeekOCRVisionImageProcessor, tokenizer: PreTrainedTokenizerBase):
+        self.image_processor, self.tokenizer = image_processor, tokenizer
 
     def __call__(self, pages: list[dict]) -> dict[str, torch.Tensor]:
-        """`pixel_values` [B, 3, H, W] and `labels` [B, N, 2]."""
+        """`pixel_values` [B, 3, H, W] and `labels` [B, N, T], each text with its end."""
         pixel_values = self.image_processor([page["image"] for page in pages], return_tensors="pt").pixel_values
-        return {"pixel_values": pixel_values, "labels": torch.stack([page["labels"] for page in pages])}
+        texts = [text + self.tokenizer.eos_token for page in pages for text in page["texts"]]
+        made = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        labels = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
+        return {"pixel_values": pixel_values, "labels": labels.unflatten(0, (len(pages), -1))}
 
 
-def build_reader(page_size: int) -> TokenReader:
-    """A new reader, whose encoder has some 1 M parameters."""
+def build_reader(page_size: int) -> SquareReader:
+    """A new reader, whose encoder has 1 M parameters."""
     config = small_encoder_config(page_size)
+    # A page has 4096 patches; their stage looks no further than the square of a token.
     config.sam_config.global_attn_indexes = []
-    return TokenReader(DeepSeekOCRVisionModel(config))
+    return SquareReader(DeepSeekOCRVisionModel(config))
 
 
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Part of the digits that were told right, and of the digits that come next."""
-    right = logits.argmax(axis=-1) == labels  # [B, N, 2]
-    is_digit = labels[..., 0] < EMPTY
-    is_asked = labels[..., 1] != NOT_ASKED
-    return {"digits": float(right[..., 0][is_digit].mean()), "next_digits": float(right[..., 1][is_asked].mean())}
+def share_read(read: list[str], written: list[str]) -> float:
+    """1 less the edits from what was read to what is written, over all squares, by the length of what is written."""
+    edits = sum(Levenshtein.distance(*pair) for pair in zip(read, written, strict=True))
+    return 1 - edits / max(1, sum(map(len, written)))
 
 
-def num_digits(page: dict) -> int:
-    """Number of digits on a page."""
-    return int((page["labels"][:, 0] < EMPTY).sum())
+# What it sees
 
 
-def choose_token(reader: TokenReader, view: PageView, labels: torch.Tensor) -> tuple[int, int]:
-    """The token nearest to the middle whose next digit is two squares on; first of all one that tells it right."""
-    is_digit = labels[..., 0] < EMPTY  # [H, W]
-    has_gap = is_digit[:, :-2] & ~is_digit[:, 1:-1] & is_digit[:, 2:]
-    is_told = (reader.scores(view.tokens).argmax(dim=-1) == labels)[..., 1]
-    middle = (len(labels) / 2, len(labels) / 2)
-    tokens = [tuple(token) for token in has_gap.nonzero().tolist()]
-    if not tokens:
-        raise ValueError("No digit on the page has an empty square and a digit after it; take a larger --page_size.")
-    return min(tokens, key=lambda token: (not is_told[token], math.dist(token, middle)))
+def choose_token(read: list[str], written: list[str], num_columns: int) -> tuple[int, int]:
+    """The token with the most letters and digits that were read without a mistake."""
+    right = [sum(map(str.isalnum, text)) if text == other else 0 for text, other in zip(read, written, strict=True)]
+    return divmod(right.index(max(right)), num_columns)
 
 
-def draw(reader: TokenReader, image_processor: DeepSeekOCRVisionImageProcessor, page: dict, folder: Path) -> None:
-    """Draw a page, its sheet, and what a token's answer for the next digit depends on."""
-    view = view_page(reader.encoder, page["image"], image_processor=image_processor)
-    labels = page["labels"].view(*view.grid, 2)
-    row, column = token = choose_token(reader, view, labels)
-    next_digit = labels[row, column, 1]
-    gradient = view.pixel_gradient(lambda tokens: reader.scores(tokens[row, column])[1].log_softmax(0)[next_digit])
+def draw(
+    reader: SquareReader, image_processor: DeepSeekOCRVisionImageProcessor, pages: dict[str, dict], folder: Path
+) -> None:
+    """Draw all pages, and of the receipt the sheet and the pixels that a token's letters depend on."""
+    reader.requires_grad_(False)
+    views = [view_page(reader.encoder, page["image"], image_processor=image_processor) for page in pages.values()]
+    texts = [reader.read(view.tokens.flatten(0, 1)) for view in views]
+    for read, (name, page) in zip(texts, pages.items(), strict=True):
+        if "texts" in page:
+            logger.info("%s: %.1f %% read", name, 100 * share_read(read, page["texts"]))
+    draw_pages(views, texts, list(pages), folder / "pages.png")
+    index = list(pages).index(RECEIPT)
+    page, view, read = pages[RECEIPT], views[index], texts[index]
+    row, column = choose_token(read, page["texts"], view.grid[1])
     save_in_256_colors(page["image"], folder / "page.png")
-    sheet = draw_sheet(view, token, layer=0, title="A held-out page of handwritten digits")
-    save_in_256_colors(sheet, folder / "sheet.png")
-    save_in_256_colors(replace(gradient, token=token).picture(), folder / "next.png")
+    save_in_256_colors(draw_sheet(view, (row, column), layer=0, title=RECEIPT), folder / "sheet.png")
+    draw_letters(reader, view, (row, column), read[row * view.grid[1] + column], folder / "letters.png")
+
+
+def draw_texts(view: PageView, texts: list[str]) -> Image.Image:
+    """A page with what was read from each token on its square."""
+    page = Image.new("RGB", view.page.size, "white")
+    canvas = ImageDraw.Draw(page)
+    for index, text in enumerate(texts):
+        left, top, right, bottom = view.box((index // view.grid[1], index % view.grid[1]))
+        canvas.rectangle((left, top, right, bottom), outline=(225, 225, 225))
+        if text:
+            lines = text.split("\n")
+            em = min(EM, int((right - left) / (0.62 * max(map(len, lines)))), int((bottom - top) / (1.2 * len(lines))))
+            font, middle = open_font(FONT, max(em, 4)), (top + bottom) / 2
+            canvas.multiline_text((left, middle), text, fill=(20, 60, 120), font=font, anchor="lm", spacing=em // 6)
+    return page
+
+
+def draw_pages(views: list[PageView], texts: list[list[str]], names: list[str], path: Path) -> None:
+    """Each page; below it its tokens as colours; and what was read from each of them."""
+    figure = Figure(figsize=(4 * len(views), 12.4), dpi=120, layout="constrained")
+    axes = figure.subplots(3, len(views), squeeze=False)
+    for column, (view, read, name) in enumerate(zip(views, texts, names, strict=True)):
+        for row, image in enumerate((view.page, view.pca().picture(alpha=0.55), draw_texts(view, read))):
+            axes[row, column].imshow(image)
+            axes[row, column].set(xticks=[], yticks=[], title="" if row else name)
+    for row, label in enumerate(("the page", "its tokens as colours", "read from each token alone")):
+        axes[row, 0].set_ylabel(label, fontsize=13)
+    save_drawn(figure, path)
+
+
+def draw_letters(reader: SquareReader, view: PageView, token: tuple[int, int], text: str, path: Path) -> None:
+    """The square of a token from near by, and the pixels that some letters read from it depend on."""
+    ids = reader.tokenizer(text or " ", return_tensors="pt")["input_ids"]
+    places = [index for index, letter in enumerate(text) if letter.isalnum()][:NUM_LETTERS]
+
+    def score(tokens: torch.Tensor, index: int) -> torch.Tensor:
+        return reader.logits(tokens[token][None], ids)[0, index].log_softmax(-1)[ids[0, index]]
+
+    left, top, right, bottom = view.box(token)
+    close = tuple(round(side) for side in (left - SIDE / 2, top - SIDE / 2, right + SIDE / 2, bottom + SIDE / 2))
+    maps = [(f"“{text[index]}”", view.pixel_gradient(partial(score, index=index))) for index in places]
+    images = [("the page", view.page), *((name, replace(one, token=token).picture()) for name, one in maps)]
+    figure = Figure(figsize=(2.6 * len(images), 2.9), dpi=110, layout="constrained")
+    for axes, (title, image) in zip(figure.subplots(1, len(images), squeeze=False)[0], images, strict=True):
+        axes.imshow(image.crop(close), interpolation="nearest")
+        axes.set(xticks=[], yticks=[], title=title)
+    save_drawn(figure, path)
+
+
+def save_drawn(figure: Figure, path: Path) -> None:
+    """Write a figure in 256 colours."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    save_in_256_colors(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
 
 
 def save_in_256_colors(image: Image.Image, path: Path) -> None:
@@ -138,43 +356,58 @@ def save_in_256_colors(image: Image.Image, path: Path) -> None:
     save_image(image.quantize(palette=image.quantize(), dither=Image.Dither.FLOYDSTEINBERG), path)
 
 
-def train(output_dir: Path, *, max_steps: int, page_size: int, seed: int) -> None:
+# From the command line
+
+
+def train(options: argparse.Namespace) -> None:
     """Train a reader, measure it on held-out pages, and leave encoder and images."""
-    set_seed(seed)
-    scans = split_scans(seed)
+    set_seed(options.seed)
+    splits = split_texts(read_texts([]), held_out_fraction=0.1, seed=options.seed)
     numbers = zip(SPLITS, (NUM_TRAINING_PAGES, NUM_HELD_OUT_PAGES), strict=True)
     pages, held_out = (
-        LabelledPages(scans[split], num_pages=number, page_size=page_size, seed=seed, split=split)
-        for split, number in numbers
+        TextPages(" ".join(splits[split]), num_pages=number, page_size=options.page_size, stream=(options.seed, index))
+        for index, (split, number) in enumerate(numbers)
     )
-    reader = build_reader(page_size)
-    image_processor = DeepSeekOCRVisionImageProcessor(size=page_size)
-    trainer = Trainer(
-        reader,
-        training_arguments(output_dir, max_steps=max_steps, seed=seed),
-        data_collator=Collator(image_processor),
-        train_dataset=pages,
-        eval_dataset=held_out,
-        compute_metrics=lambda prediction: accuracy(prediction.predictions, prediction.label_ids),
-    )
+    reader = build_reader(options.page_size)
+    image_processor = DeepSeekOCRVisionImageProcessor(size=options.page_size)
+    collator = Collator(image_processor, reader.tokenizer)
+    trainer = Trainer(reader, training_arguments(options), data_collator=collator, train_dataset=pages)
     trainer.train()
     trainer.save_model()
-    logger.info("held-out pages: %s", trainer.evaluate())
-    reader.encoder.save_pretrained(output_dir / "encoder")
-    image_processor.save_pretrained(output_dir / "encoder")
-    # An empty page is easier to look at.
-    draw(reader, image_processor, min(held_out, key=num_digits), output_dir)
+    reader.eval().encoder.save_pretrained(options.output_dir / "encoder")
+    image_processor.save_pretrained(options.output_dir / "encoder")
+    logger.info("held-out pages: %.1f %% read", 100 * measure(reader, collator, held_out))
+    draw(reader, image_processor, shown_pages(held_out.text, options), options.output_dir)
 
 
-def training_arguments(output_dir: Path, *, max_steps: int, seed: int) -> TrainingArguments:
+@torch.no_grad()
+def measure(reader: SquareReader, collator: Collator, pages: TextPages) -> float:
+    """The share of the characters of pages that is read."""
+    read: list[str] = []
+    for page in pages:
+        pixels = collator([page])["pixel_values"].to(reader.encoder.device)
+        read += reader.read(reader.encoder(pixels).last_hidden_state[0])
+    return share_read(read, [text for page in pages for text in page["texts"]])
+
+
+def shown_pages(text: str, options: argparse.Namespace) -> dict[str, dict]:
+    """The pages that are drawn, by their titles."""
+    size = options.page_size
+    pages = {"text": text_page(text, size), "a table": table_page(size), RECEIPT: receipt_page(size)}
+    if options.pdf:
+        pages[f"{options.pdf.name}, page {options.pdf_page}"] = pdf_page(options.pdf, options.pdf_page, size)
+    return pages
+
+
+def training_arguments(options: argparse.Namespace) -> TrainingArguments:
     """transformers' arguments, for a small model."""
     return TrainingArguments(
-        str(output_dir / "training"),
-        max_steps=max_steps,
-        per_device_train_batch_size=8,
+        str(options.output_dir / "training"),
+        max_steps=options.max_steps,
+        per_device_train_batch_size=1,
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
-        warmup_steps=100,
+        warmup_steps=0.2,
         weight_decay=0.01,
         adam_beta2=0.98,
         logging_steps=50,
@@ -182,20 +415,22 @@ def training_arguments(output_dir: Path, *, max_steps: int, seed: int) -> Traini
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        seed=seed,
+        seed=options.seed,
     )
 
 
 def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/seeing"), help="Folder for what this makes.")
-    parser.add_argument("--max_steps", type=int, default=1000, help="Optimizer steps, of 8 pages each.")
-    parser.add_argument("--page_size", type=int, default=512, help="Side of a page in pixels, a multiple of 64.")
-    parser.add_argument("--seed", type=int, default=0, help="What weights and pages are drawn from.")
-    arguments = vars(parser.parse_args())
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("outputs/seeing"), help="Folder for what this makes.")
+    add("--max_steps", type=int, default=900, help="Optimizer steps, of a page each.")
+    add("--page_size", type=int, default=1024, help="Side of a page in pixels, a multiple of 64.")
+    add("--pdf", type=Path, help="A PDF of which a page is shown too.")
+    add("--pdf_page", type=int, default=1, help="Which page of it, from 1.")
+    add("--seed", type=int, default=0, help="What weights and pages are drawn from.")
     logging.basicConfig(level=logging.INFO)
-    train(arguments.pop("output_dir"), **arguments)
+    train(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Seeing what the encoder sees: the numbers, their place on the page, the sheet and the command."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -478,9 +479,26 @@ def test_the_sheet_of_an_empty_and_very_high_page_is_drawn(tiny_model):
 
 
 def test_the_example_trains_and_draws(tmp_path):
-    """Pins the script behind the images of docs/seeing.md, on small pages."""
+    """Pins the script behind the images of docs/seeing.md, on small pages, with a page of a PDF."""
+    pytest.importorskip("pypdfium2", reason="pypdfium2 is not installed")
+    Image.new("RGB", (300, 300), "white").save(tmp_path / "page.pdf")
     command = [sys.executable, str(ROOT / "examples" / "seeing.py"), "--max_steps", "1", "--page_size", "256"]
-    subprocess.run([*command, "--output_dir", str(tmp_path)], check=True, capture_output=True)
-    assert {"encoder", "page.png", "sheet.png", "next.png"} <= {path.name for path in tmp_path.iterdir()}
+    command += ["--pdf", str(tmp_path / "page.pdf"), "--output_dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    drawn = {"encoder", "pages.png", "page.png", "sheet.png", "letters.png"}
+    assert drawn <= {path.name for path in tmp_path.iterdir()}
     view = view_page(DeepSeekOCRVisionModel.from_pretrained(tmp_path / "encoder"), tmp_path / "page.png")
     assert view.grid == (4, 4)
+
+
+def test_the_example_knows_what_stands_on_each_square(monkeypatch):
+    """Pins labels a square aside: the ink is looked for on the page."""
+    pytest.importorskip("rapidfuzz", reason="the extra `train` is not installed")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    seeing = importlib.import_module("seeing")
+    lines = [seeing.Line(0, 4, "Some-"), seeing.Line(1, 5, "thing"), seeing.Line(7, 14, "offpage")]
+    page = seeing.draw_page(lines, 256)
+    expected = {1: "some\nthi", 2: "-\nng", 15: "of"}
+    assert page["texts"] == [expected.get(index, "") for index in range(16)]
+    ink = np.asarray(page["image"].convert("L")).reshape(4, 64, 4, 64).min(axis=(1, 3)) < 128
+    assert np.flatnonzero(ink).tolist() == list(expected)
