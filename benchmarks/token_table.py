@@ -2,7 +2,7 @@
 
     python -m benchmarks.token_table --storage               # seconds
     python -m benchmarks.token_table --pages 20000           # the local loop
-    python -m benchmarks.token_table --pages 1500 --ray 1 2  # Ray with one encoder, then with two
+    python -m benchmarks.token_table --pages 400 --ray 1 2   # Ray with one encoder, then with two
 
 Pages are small images and the encoder is tiny, so that what is measured is the engine; on Ray, where encoders are to
 be the bottleneck, it has more and wider layers. Pages a second are those between the first report, which comes some
@@ -37,7 +37,7 @@ SIZES = {
     "400 x 2048": (400, 2048),
     "856 x 2048": (856, 2048),
 }
-WIDE = {"hidden_size": 512, "mlp_dim": 2048, "num_attention_heads": 8, "num_hidden_layers": 6}
+WIDE = {"hidden_size": 512, "mlp_dim": 2048, "num_attention_heads": 8, "num_hidden_layers": 24}
 TYPES = ("float32", "float16", "bfloat16", "int8", "none")
 
 
