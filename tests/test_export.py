@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,11 +78,22 @@ def test_one_file_serves_pages_of_any_size(format, suffix, tmp_path):
     assert description["outputs"][0]["shape"] == ["batch", "tokens", model.config.hidden_size]
 
 
-def test_where_the_system_does_not_tell_the_memory_it_is_unknown(monkeypatch):
+def test_where_the_system_does_not_tell_the_memory_it_is_unknown(monkeypatch, tmp_path):
     """Pins `import resource`, which fails on Windows and with it every export there."""
+    assert runtimes.peak_bytes() > 1 << 20
+    monkeypatch.setattr(runtimes, "STATUS", tmp_path / "none")
     assert runtimes.peak_bytes() > 1 << 20
     monkeypatch.setitem(sys.modules, "resource", None)
     assert runtimes.peak_bytes() is None
+
+
+def test_the_memory_of_a_runtime_is_its_own():
+    """Pins `ru_maxrss`, which a process on Linux has from the one that started it: the model's, and not the file's."""
+    held = torch.ones(1 << 28)  # 1 GiB
+    command = [sys.executable, "-c", "import runtimes; print(runtimes.peak_bytes())"]
+    folder = Path(runtimes.__file__).parent
+    peak = int(subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout)
+    assert 1 << 20 < peak < held.nbytes / 2
 
 
 @needs("onnx", "onnxscript", "onnxruntime")
