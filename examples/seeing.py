@@ -33,10 +33,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from passages import SPLITS, read_texts, split_texts
 from PIL import Image, ImageDraw, ImageFont
-from rapidfuzz.distance import Levenshtein
+from report import character_error_rate
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from training_defaults import SmallModelArguments
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, set_seed
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 from deepseek_ocr_vision.composites.small import byte_tokenizer, small_encoder_config, small_text_config
@@ -50,7 +51,7 @@ logger = logging.getLogger("seeing")
 SIDE = 64  # pixels; the square that one token of the encoder stands for
 FONT, BOLD = "DejaVuSansMono", "DejaVuSansMono-Bold"
 EM, ADVANCE, PITCH = 26, 16, 32  # pixels of an em, from letter to letter, and from line to line
-MOST_CHARACTERS = 32  # of a square; of typewritten text there are eight
+MOST_CHARACTERS = 32  # written for a square, of which eight can be right
 NUM_TRAINING_PAGES, NUM_HELD_OUT_PAGES = 100_000, 10
 NUM_LETTERS = 4  # of which the pixels are drawn
 PDF_DPI = 190
@@ -63,8 +64,8 @@ RECEIPT = "a receipt"
 class Line(NamedTuple):
     """A line of typewritten text, in rows and columns of letters from the page's upper left corner."""
 
-    row: float
-    column: float
+    row: int
+    column: int
     text: str
     font: str = FONT
 
@@ -86,31 +87,25 @@ def draw_page(lines: Iterable[Line], page_size: int, *, rules: Iterable[float] =
     """
     page = Image.new("L", (page_size, page_size), color=255)
     canvas = ImageDraw.Draw(page)
-    places: list[tuple[str, float, float]] = []
+    cells = [[""] * (page_size // ADVANCE) for _ in range(page_size // PITCH)]
     for row, column, text, font in lines:
         canvas.text((column * ADVANCE, (row + 0.75) * PITCH), text, fill=0, font=open_font(font, EM), anchor="ls")
-        height = (row + 0.5) * PITCH
-        places += [(letter, (column + index + 0.5) * ADVANCE, height) for index, letter in enumerate(text)]
+        for place, letter in zip(range(column, len(cells[0])), text if row < len(cells) else "", strict=False):
+            cells[row][place] = letter.lower() if letter.isascii() and letter.isprintable() else ""
     for row in rules:
         canvas.line((2 * PITCH, row * PITCH, page_size - 2 * PITCH, row * PITCH), fill=0, width=2)
-    return {"image": page.convert("RGB"), "texts": texts_of_squares(places, page_size)}
+    return {"image": page.convert("RGB"), "texts": texts_of_squares(cells)}
 
 
-def texts_of_squares(places: Iterable[tuple[str, float, float]], page_size: int) -> list[str]:
-    """What has its middle on each square: small letters, digits and signs, a line below the other.
-
-    Args:
-        places: Characters in the order of reading, and how many pixels their middle is from the left and from the top.
-        page_size: Side of the page in pixels.
-    """
-    squares = page_size // SIDE
-    lines: list[dict[int, str]] = [{} for _ in range(squares * squares)]
-    for character, x, y in places:
-        row, column = int(y // SIDE), int(x // SIDE)
-        if 0 <= row < squares and 0 <= column < squares and character.isascii() and character.isprintable():
-            line = lines[row * squares + column]
-            line[round(y)] = line.get(round(y), "") + character.lower()
-    return ["\n".join(filter(None, map(str.strip, line.values())))[:MOST_CHARACTERS] for line in lines]
+def texts_of_squares(cells: list[list[str]]) -> list[str]:
+    """What stands on each square, line by line, of letters in rows and columns of the page."""
+    rows, columns = SIDE // PITCH, SIDE // ADVANCE
+    squares = [
+        ["".join(line[left : left + columns]).strip() for line in cells[top : top + rows]]
+        for top in range(0, len(cells), rows)
+        for left in range(0, len(cells[0]), columns)
+    ]
+    return ["\n".join(filter(None, lines)) for lines in squares]
 
 
 class TextPages(Dataset):
@@ -263,12 +258,6 @@ def build_reader(page_size: int) -> SquareReader:
     return SquareReader(DeepSeekOCRVisionModel(config))
 
 
-def share_read(read: list[str], written: list[str]) -> float:
-    """1 less the edits from what was read to what is written, over all squares, by the length of what is written."""
-    edits = sum(Levenshtein.distance(*pair) for pair in zip(read, written, strict=True))
-    return 1 - edits / max(1, sum(map(len, written)))
-
-
 # What it sees
 
 
@@ -287,7 +276,7 @@ def draw(
     texts = [reader.read(view.tokens.flatten(0, 1)) for view in views]
     for read, (name, page) in zip(texts, pages.items(), strict=True):
         if "texts" in page:
-            logger.info("%s: %.1f %% read", name, 100 * share_read(read, page["texts"]))
+            logger.info("%s: %.1f %% read", name, 100 * (1 - character_error_rate(read, page["texts"])))
     draw_pages(views, texts, list(pages), folder / "pages.png")
     index = list(pages).index(RECEIPT)
     page, view, read = pages[RECEIPT], views[index], texts[index]
@@ -371,7 +360,15 @@ def train(options: argparse.Namespace) -> None:
     reader = build_reader(options.page_size)
     image_processor = DeepSeekOCRVisionImageProcessor(size=options.page_size)
     collator = Collator(image_processor, reader.tokenizer)
-    trainer = Trainer(reader, training_arguments(options), data_collator=collator, train_dataset=pages)
+    arguments = SmallModelArguments(
+        str(options.output_dir / "training"),
+        max_steps=options.max_steps,
+        per_device_train_batch_size=1,
+        logging_steps=50,
+        save_strategy="no",
+        seed=options.seed,
+    )
+    trainer = Trainer(reader, arguments, data_collator=collator, train_dataset=pages)
     trainer.train()
     trainer.save_model()
     reader.eval().encoder.save_pretrained(options.output_dir / "encoder")
@@ -387,7 +384,7 @@ def measure(reader: SquareReader, collator: Collator, pages: TextPages) -> float
     for page in pages:
         pixels = collator([page])["pixel_values"].to(reader.encoder.device)
         read += reader.read(reader.encoder(pixels).last_hidden_state[0])
-    return share_read(read, [text for page in pages for text in page["texts"]])
+    return 1 - character_error_rate(read, [text for page in pages for text in page["texts"]])
 
 
 def shown_pages(text: str, options: argparse.Namespace) -> dict[str, dict]:
@@ -397,26 +394,6 @@ def shown_pages(text: str, options: argparse.Namespace) -> dict[str, dict]:
     if options.pdf:
         pages[f"{options.pdf.name}, page {options.pdf_page}"] = pdf_page(options.pdf, options.pdf_page, size)
     return pages
-
-
-def training_arguments(options: argparse.Namespace) -> TrainingArguments:
-    """transformers' arguments, for a small model."""
-    return TrainingArguments(
-        str(options.output_dir / "training"),
-        max_steps=options.max_steps,
-        per_device_train_batch_size=1,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.2,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        seed=options.seed,
-    )
 
 
 def main() -> None:
