@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig, TorchAoConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from benchmarks.compression import Page, Reader
 from benchmarks.environment import environment, load
 from benchmarks.processes import ROOT
 from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
@@ -43,7 +44,7 @@ GROUPS = {
     "all": ("",),
 }
 HEADING = ("recipe", "layers", "MB", "of float32", "s a page", "relative RMS", "cosine", "digits read", "points")
-READ_AT_ONCE, ERROR_PAGES = 100, 16
+ERROR_PAGES = 16
 
 
 class Quantised(NamedTuple):
@@ -58,15 +59,15 @@ class Subject:
 
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.folder, self.source = folder, folder / "float32"
-        self.llava, self.processor = None, None
+        self.reader: Reader | None = None
         if options.full_size:
             torch.manual_seed(0)
             self.encoder = DeepSeekOCRVisionModel(DeepSeekOCRVisionConfig(feature_mode="concat"))
             image_processor = DeepSeekOCRVisionImageProcessor()
         elif PreTrainedConfig.get_config_dict(options.model)[0].get("model_type") == "llava":
-            self.llava = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
-            self.processor = LlavaProcessor.from_pretrained(options.model)
-            self.encoder, image_processor = self.llava.model.vision_tower, self.processor.image_processor
+            llava = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
+            self.reader = Reader(llava, LlavaProcessor.from_pretrained(options.model), IMAGE_TOKEN)
+            self.encoder, image_processor = llava.model.vision_tower, self.reader.processor.image_processor
         else:
             self.encoder = DeepSeekOCRVisionModel.from_pretrained(options.model, dtype=torch.float32)
             image_processor = self.encoder.default_image_processor()
@@ -100,20 +101,16 @@ class Subject:
     @torch.no_grad()
     def digits_read(self, encoder: nn.Module) -> float | None:
         """The share of digits on held-out pages that the LLaVA reads with an encoder; nothing without a LLaVA."""
-        if self.llava is None or self.processor is None:
+        if self.reader is None:
             return None
-        self.llava.model.vision_tower = encoder
-        mistakes = total = 0
-        for first in range(0, len(self.pages), READ_AT_ONCE):
-            pages = [self.pages[index] for index in range(first, min(first + READ_AT_ONCE, len(self.pages)))]
-            images, prompts = [page["image"] for page in pages], [IMAGE_TOKEN] * len(pages)
-            inputs = self.processor(images=images, text=prompts, return_tensors="pt")
-            longest = max(len(page["text"]) for page in pages) + 8
-            output = self.llava.generate(**inputs, do_sample=False, max_new_tokens=longest)
-            read = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            written = ["".join(page["text"].split()) for page in pages]
-            mistakes += sum(Levenshtein.distance("".join(a.split()), b) for a, b in zip(read, written, strict=True))
-            total += sum(map(len, written))
+        self.reader.model.model.vision_tower = encoder
+        pages = [
+            Page(page["image"], page["text"], 0.0) for page in map(self.pages.__getitem__, range(len(self.pages)))
+        ]
+        pairs = [
+            ("".join(a.split()), "".join(b.text.split())) for a, b in zip(self.reader.read(pages), pages, strict=True)
+        ]
+        mistakes, total = sum(Levenshtein.distance(*pair) for pair in pairs), sum(len(written) for _, written in pairs)
         return 1 - mistakes / total
 
 
