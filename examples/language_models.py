@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from filelock import FileLock
 from files import replacing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -90,9 +91,17 @@ def gguf_file(name: str | None) -> Path | None:
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write a GGUF file's model, in 32-bit floating point, and its tokenizer into a new folder."""
+    """Write a GGUF file's model, in 32-bit floating point, and its tokenizer into a new folder.
+
+    Raises:
+        ValueError: This transformers reads another end of a text than the file has, as those before 5.18 do.
+    """
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     causal = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    if tokenizer.eos_token_id != causal.config.eos_token_id:
+        ends = f"{file.name} ends a text with token {causal.config.eos_token_id}"
+        reads = f"transformers {transformers.__version__} reads {tokenizer.eos_token_id} out of it"
+        raise ValueError(f"{ends}, but {reads}; transformers 5.18 and newer read such files right.")
     with replacing(folder) as temporary:
         unquantized(causal).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import ROOT
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -26,7 +28,7 @@ def write_gguf(path: Path) -> Path:
     gguf = pytest.importorskip("gguf", reason="the extra `smollm2` is not installed")
     from tokenizers.pre_tokenizers import ByteLevel
 
-    tokens = ["<unk>", "<start>", "<end>", *sorted(ByteLevel.alphabet()), "ab"]
+    tokens = ["<unk>", "<start>", "<end>", *sorted(ByteLevel.alphabet()), "ab", "cd"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
@@ -40,7 +42,7 @@ def write_gguf(path: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])  # transformers 5.0 takes a single one for a string
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -68,6 +70,8 @@ def gguf_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(gguf_model) -> Path:
+    if Version(transformers.__version__) < Version("5.18"):
+        pytest.skip(f"transformers {transformers.__version__} reads the tokenizers of GGUF files wrong")
     return Path(language_models.find_language_model(str(gguf_model), folder=gguf_model.parent / "converted"))
 
 
@@ -90,6 +94,23 @@ def test_the_tokenizer_and_its_chat_template_come_with_it(converted):
     assert tokenizer.decode(tokenizer("abc \u00e9")["input_ids"]) == "abc \u00e9"
     assert len(tokenizer("abc")["input_ids"]) == 2
     assert tokenizer.eos_token == "<end>"
+
+
+def test_a_tokenizer_that_transformers_reads_wrong_is_refused(gguf_model, tmp_path, monkeypatch):
+    """Pins transformers before 5.18, whose tokenizer ended texts with the token that begins them."""
+    read = language_models.AutoTokenizer.from_pretrained
+
+    class Wrong:
+        @staticmethod
+        def from_pretrained(*args, **kwargs):
+            tokenizer = read(*args, **kwargs)
+            tokenizer.eos_token = "<start>"
+            return tokenizer
+
+    monkeypatch.setattr(language_models, "AutoTokenizer", Wrong)
+    with pytest.raises(ValueError, match=r"ends a text with token 2, .* reads 1 out of it; transformers 5.18"):
+        language_models.find_language_model(str(gguf_model), folder=tmp_path / "converted")
+    assert [path.suffix for path in (tmp_path / "converted").iterdir()] == [".lock"]
 
 
 def test_a_file_is_converted_once_also_when_its_folder_is_named(gguf_model, converted):
