@@ -73,9 +73,7 @@ def is_recording() -> bool:
 
 
 def is_open(*sizes: int | torch.SymInt) -> bool:
-    """Whether a graph leaves sizes open, which a comparison would fix. A compiled one does where nothing is trained:
-    Inductor, in torch 2.14, has no backward pass for a table that is resized to an open size.
-    """
+    """Whether a graph leaves sizes open, which comparisons would fix. A compiled one does where nothing is trained."""
     of_dynamo = torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
     return of_dynamo or any(isinstance(size, torch.SymInt) for size in sizes)
 

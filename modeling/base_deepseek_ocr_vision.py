@@ -150,9 +150,8 @@ def feed_forward(
 ) -> torch.Tensor:  # [..., C]
     """The MLP of a layer, with as little of its wide hidden layer in memory as possible.
 
-    For the backward pass only the input of the activation is kept. Its output, which the second linear layer needs as
-    well, is computed again, which costs next to nothing. Where nothing is kept, a CPU computes as many tokens at a
-    time as fit its cache.
+    For the backward pass only the input of the activation is kept; its output is computed again, which costs next to
+    nothing. Where nothing is kept, a CPU computes as many tokens at a time as fit its cache.
     """
 
     def activate_and_contract(hidden_layer: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,9 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
         if not is_recording() and is_emulated(self.dtype, pixel_values.device):
             slow = f"This processor has no products in {self.dtype}, and PyTorch emulates them slowly"
             logger.warning_once(f"{slow}; `model.float()` makes this model several times as fast here.")
+        if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
+            # Counting to them fixes sizes: torch 2.14's Inductor has no backward pass for tables resized to open ones.
+            [*range(pixel_values.shape[-2]), *range(pixel_values.shape[-1])]
         hidden_states = self.patch_embed(pixel_values.to(self.dtype))  # [B, H, W, C]
         _, height, width, _ = hidden_states.shape
         hidden_states = hidden_states + resize_positions(self.pos_embed[0], (height, width), antialias=True)

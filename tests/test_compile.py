@@ -34,6 +34,23 @@ def test_without_gradients_two_compiled_graphs_at_most_serve_pages_of_ten_sizes(
     assert len(graphs) <= 2
 
 
+def test_compiled_training_goes_on_with_pages_of_another_size():
+    """Pins PyTorch 2.14's missing backward pass for a table that is resized to an open size.
+
+    By itself `torch.compile` leaves open whatever has changed between two calls.
+    """
+    model = small_model().train()
+    position = model.sam_model.pos_embed
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for batch_size, height, width in [(1, 2, 2), (2, 4, 3)]:
+        page = pixels(batch_size, 64 * height, 64 * width)
+        expected, actual = (run(page).last_hidden_state for run in (model, compiled))
+        gradients = [torch.autograd.grad(tokens.square().sum(), position)[0] for tokens in (expected, actual)]
+        assert relative_error(actual, expected) < 1e-5, (height, width)
+        assert relative_error(gradients[1], gradients[0]) < 1e-4, (height, width)
+
+
 def test_exported_once_it_gives_the_tokens_of_pages_of_ten_other_sizes():
     """Pins an export with dynamic height and width that refused every size but its own, with gradients enabled."""
     model = small_model()

@@ -285,6 +285,7 @@ def test_compiled_in_one_graph_it_gives_the_same_tokens_and_gradients(tiny_model
     expected.sum().backward()
     gradient = tiny_model.sam_model.pos_embed.grad.clone()
     tiny_model.zero_grad()
+    torch.compiler.reset()  # which remembers the sizes of other tests
     compiled = torch.compile(tiny_model, fullgraph=True)
     actual = compiled(pixels()).last_hidden_state
     actual.sum().backward()
