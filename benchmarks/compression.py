@@ -52,7 +52,8 @@ COLORS = dict(zip((*ARMS, *BESIDES), ("#1f5fa8", "#7fa9d6", "#d9822b", "#5b8c5a"
 UNITS = ("characters", "words")
 SMALL_RATIOS, RATIOS = (1, 2, 3, 4, 6, 8), (2.5, 5, 7.5, 10, 12.5, 15, 20)
 SMALLEST_FONT, CHARACTERS_A_TOKEN = 4, 16
-BATCH_SIZE, LEARNING_RATE, SHARE_UNTIL_ALL, READ_AT_ONCE, NOISE = 32, 1e-3, 0.5, 100, 16.0
+BATCH_SIZE, LEARNING_RATE, SHARE_UNTIL_ALL, READ_AT_ONCE = 32, 1e-3, 0.5, 100
+NOISES = 16, 64, 160  # standard deviations, of 255 levels
 QUICK, FULL = (400, 1, 16), (800, 3, 50)  # steps, seeds, pages of each kind and ratio
 
 
@@ -282,22 +283,27 @@ def held_out_pages(reader: Reader, text: str, options: argparse.Namespace) -> di
 
 
 def find_needle(reader: Reader, text: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Whether a page with one changed digit and noise is found among the ten digits that could stand there."""
+    """Whether a page with one changed digit and noise is found among the ten digits that could stand there.
+
+    A page has the same noise at each of `NOISES`, only stronger.
+    """
     rng, ratio = np.random.default_rng(2), options.ratios[len(options.ratios) // 2]
-    found: dict[str, list[float]] = {"by token": [], "by mean": []}
+    found: dict[str, list[float]] = {}
     for _ in range(options.num_pages):
         flat = draw_page(text, DIGITS, ratio, reader=reader, rng=rng).text.replace("\n", " ")
         place = int(rng.choice([index for index, character in enumerate(flat) if character.isdigit()]))
         pages = largest(flat, reader.page_size).pages
         changed = [next(pages(f"{flat[:place]}{digit}{flat[place + 1 :]}")).image for digit in range(10)]
         wanted = int(rng.integers(10))
-        noise = rng.normal(0, NOISE, np.asarray(changed[wanted]).shape)
-        query = Image.fromarray(np.clip(np.asarray(changed[wanted]) + noise, 0, 255).astype(np.uint8))
-        tokens = torch.cat([reader.encode([image.convert("RGB")]) for image in (*changed, query)])  # [11, N, C]
-        difference = tokens[:10] - tokens[10]
-        by = {"by token": difference.norm(dim=-1).amax(dim=1), "by mean": difference.mean(dim=1).norm(dim=-1)}
-        for name, distance in by.items():
-            found[name].append(float(distance.argmin() == wanted))
+        page = np.asarray(changed[wanted])
+        noise = rng.normal(size=page.shape)
+        queries = [Image.fromarray(np.clip(page + level * noise, 0, 255).astype(np.uint8)) for level in NOISES]
+        tokens = torch.cat([reader.encode([image.convert("RGB")]) for image in (*changed, *queries)])  # [10 + L, N, C]
+        for level, query in zip(NOISES, tokens[10:], strict=True):
+            difference = tokens[:10] - query
+            by = {"token": difference.norm(dim=-1).amax(dim=1), "mean": difference.mean(dim=1).norm(dim=-1)}
+            for name, distance in by.items():
+                found.setdefault(f"by {name}, noise {level}", []).append(float(distance.argmin() == wanted))
     return found
 
 
@@ -365,8 +371,9 @@ def tables(results: dict[str, Any]) -> str:
             rows.setdefault((point["kind"], point["model"]), {})[point["ratio"]] = percent(point[unit])
         lines += [("", f"{unit} read back", *(f"{ratio:g}" for ratio in ratios)), ("---",) * (len(ratios) + 2)]
         lines += [(*names, *(row.get(ratio, "") for ratio in ratios)) for names, row in rows.items()] + [()]
-    lines += [("a changed digit found among ten", "by token", "by mean"), ("---",) * 3]
-    lines += [(row["model"], percent(row["by token"]), percent(row["by mean"])) for row in results["needle"]]
+    _, *hows = results["needle"][0]
+    lines += [("a changed digit found among ten", *hows), ("---",) * (1 + len(hows))]
+    lines += [(row["model"], *(percent(row[how]) for how in hows)) for row in results["needle"]]
     return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines)
 
 

@@ -253,7 +253,7 @@ def write_parts(
 
 
 class EncodePages:
-    """Batches of files to rows of tokens, for `map_batches` of Ray, `map` of datasets or `mapInPandas` of Spark.
+    """Batches of files to rows of tokens, for `map_batches` of Ray, `map` of datasets or `mapInArrow` of Spark.
 
     A row is a page: the columns that `encode_pages` stores, and `error`, which says why a file has no tokens.
 

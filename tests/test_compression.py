@@ -105,6 +105,19 @@ def test_patches_become_as_many_tokens_as_the_encoder_makes(reader, pool):
     assert moved == [False, True, False, False]
 
 
+def test_the_changed_digit_is_found_by_who_sees_it(reader, monkeypatch):
+    """Pins a measure that finds the page whatever the tokens say, or never."""
+    few = compression.parse(["--num-pages", "8", "--ratios", "3"])
+    text = "some words to draw a page of " * 9
+    monkeypatch.setattr(reader, "encode", lambda images: torch.tensor(np.array(images)).flatten(1, 2).float())
+    found = compression.find_needle(reader, text, few)
+    assert found["by token, noise 16"] == [1.0] * 8
+    monkeypatch.setattr(reader, "encode", lambda images: torch.zeros(len(images), 4, 3))
+    blind = compression.find_needle(reader, text, few)
+    assert blind.keys() == found.keys()
+    assert all(sum(each) < 5 for each in blind.values())
+
+
 def test_a_whole_run_has_every_model_kind_and_ratio(tmp_path, capsys):
     """Pins a model left out, and truncation that loses what it has room for."""
     results = results_of(tmp_path / "out" / "compression.json", *FEW, "--num-pages", "1")

@@ -190,7 +190,7 @@ def test_shares_of_the_pages_are_all_of_them_each_once(scans, tmp_path, capsys):
 
 def test_a_loop_of_somebody_else_gets_the_same_rows(tiny_model, scans, tmp_path):
     """Pins `EncodePages` with paths and with bytes, in dictionaries, data frames and `datasets.map`."""
-    import pandas
+    import pyarrow
 
     encode(scans, tiny_model, tmp_path / "out")
     expected = stored(tmp_path / "out")
@@ -201,8 +201,9 @@ def test_a_loop_of_somebody_else_gets_the_same_rows(tiny_model, scans, tmp_path)
     for row, page in zip(rows, [("0.png", 0), *(("book.pdf", number) for number in range(3))], strict=False):
         assert np.array_equal(np.array(row["tokens"], dtype=np.float32), expected[page].numpy())
     by_bytes = EncodePages(tiny_model, IMAGE_PROCESSOR, column="bytes", tokens="none")
-    frames = iter([pandas.DataFrame({"bytes": [png(0), (scans / "book.pdf").read_bytes(), b"no image"]})])
-    (frame,) = (by_bytes(frame).to_pandas() for frame in frames)  # as `mapInPandas` of Spark calls it
+    files = pyarrow.record_batch({"bytes": [png(0), (scans / "book.pdf").read_bytes(), b"no image"]})
+    assert by_bytes(files)["id"] == by_bytes(files.to_pandas())["id"]  # the first is what `mapInArrow` of Spark gives
+    frame = by_bytes(files).to_pandas()
     assert list(frame["id"][:4]) == [row["id"] for row in rows[:4]]
     assert frame["source"][0] == "bytes 0 of the batch"
     mapped = datasets.Dataset.from_dict({"path": [str(scans / "book.pdf")]})
