@@ -54,7 +54,7 @@ SMALL_RATIOS, RATIOS = (1, 2, 3, 4, 6, 8), (2.5, 5, 7.5, 10, 12.5, 15, 20)
 SMALLEST_FONT, CHARACTERS_A_TOKEN = 4, 16
 BATCH_SIZE, LEARNING_RATE, SHARE_UNTIL_ALL, READ_AT_ONCE = 32, 1e-3, 0.5, 100
 NOISES = 16, 64, 160  # standard deviations, of 255 levels
-QUICK, FULL = (400, 1, 16), (800, 3, 50)  # steps, seeds, pages of each kind and ratio
+QUICK, FULL = (250, 1, 16), (800, 3, 50)  # steps, seeds, pages of each kind and ratio
 
 
 class Page(NamedTuple):
