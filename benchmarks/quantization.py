@@ -104,13 +104,11 @@ class Subject:
         if self.reader is None:
             return None
         self.reader.model.model.vision_tower = encoder
-        pages = [
-            Page(page["image"], page["text"], 0.0) for page in map(self.pages.__getitem__, range(len(self.pages)))
-        ]
-        pairs = [
-            ("".join(a.split()), "".join(b.text.split())) for a, b in zip(self.reader.read(pages), pages, strict=True)
-        ]
-        mistakes, total = sum(Levenshtein.distance(*pair) for pair in pairs), sum(len(written) for _, written in pairs)
+        held_out = (self.pages[index] for index in range(len(self.pages)))
+        pages = [Page(page["image"], page["text"], 0.0) for page in held_out]
+        written = ["".join(page.text.split()) for page in pages]
+        read = ["".join(text.split()) for text in self.reader.read(pages)]
+        mistakes, total = sum(map(Levenshtein.distance, read, written)), sum(map(len, written))
         return 1 - mistakes / total
 
 

@@ -17,8 +17,8 @@ leaves in `--output_dir`:
 
 Interrupted and started again, it goes on where it was. With a language model that knows English, which stays as it is:
 
-    python examples/optical_memory.py --language_model smollm2 --encoder outputs/optical_memory/trained/encoder \\
-        --train_encoder true --output_dir outputs/smollm2_memory
+    python examples/optical_memory.py --language_model smollm2 --train_encoder true --encoder outputs/seeing/encoder \\
+        --page_size 128 --per_device_train_batch_size 16 --output_dir outputs/smollm2_memory
 
 Your own texts, encoder and language model:
 
