@@ -2,12 +2,13 @@
 
     python -m benchmarks.token_table --storage               # seconds
     python -m benchmarks.token_table --pages 20000           # the local loop
+    python -m benchmarks.token_table --pages 20000 --ray 2   # Ray with two encoders
     python -m benchmarks.token_table --pages 400 --ray 1 2   # Ray with one encoder, then with two
 
-Pages are small images and the encoder is tiny, so that what is measured is the engine; on Ray, where encoders are to
-be the bottleneck, it has more and wider layers. Pages a second are those between the first report, which comes some
-seconds after the first page, and the last one, without Ray's start. Memory is that of the process that asks,
-at the first report, the last, and two between. Each line is a row of a table in docs/encoding.md.
+Pages are small images and the encoder is tiny, so that what is measured is the engine; where numbers of encoders are
+compared, which are to be the bottleneck, it has more and wider layers. Pages a second are those between the first
+report, which comes some seconds after the first page, and the last one, without Ray's start. Memory is that of the
+process that asks, at the first report, the last, and two between. Each line is a row of a table in docs/encoding.md.
 """
 
 import argparse
@@ -59,7 +60,8 @@ def main() -> None:
         if not options.ray:
             measure_engine(Path(folder), num_workers=options.workers)
         for number in options.ray:
-            measure_engine(Path(folder), num_workers=options.workers, ray="local", num_encoders=number)
+            engine = {"num_workers": options.workers, "ray": "local", "num_encoders": number}
+            measure_engine(Path(folder), is_wide=len(options.ray) > 1, **engine)
 
 
 def write(line: str) -> None:
@@ -97,10 +99,10 @@ def write_pages(folder: Path, number: int) -> None:
         (folder / f"{index:06}.png").write_bytes(buffer.getvalue())
 
 
-def measure_engine(folder: Path, *, num_workers: int, **engine: Any) -> None:
+def measure_engine(folder: Path, *, is_wide: bool = False, **engine: Any) -> None:
     """Pages a second and memory over time."""
     torch.manual_seed(0)
-    model = DeepSeekOCRVisionModel(DeepSeekOCRVisionConfig.tiny(**({"sam_config": WIDE} if engine else {})))
+    model = DeepSeekOCRVisionModel(DeepSeekOCRVisionConfig.tiny(**({"sam_config": WIDE} if is_wide else {})))
     memory: list[int] = []
     reports: list[tuple[float, int]] = []
 
@@ -113,14 +115,13 @@ def measure_engine(folder: Path, *, num_workers: int, **engine: Any) -> None:
         model,
         DeepSeekOCRVisionImageProcessor(size=128),
         out=folder / f"tokens-{engine.get('num_encoders', 0)}",
-        batch_size=1 if engine else 32,
-        num_workers=num_workers,
+        batch_size=1 if is_wide else 32,
         show_progress=False,
         on_progress=report,
         **engine,
     )
     points = [memory[index * (len(memory) - 1) // 3] for index in range(4)]
-    name = f"Ray, {engine['num_encoders']} encoders" if engine else "local loop"
+    name = f"Ray, {engine['num_encoders']} encoders" if "ray" in engine else "local loop"
     (first, pages), (last, all_pages) = reports[0], reports[-1]
     rate = f"{(all_pages - pages) / (last - first):.1f}"
     write(f"| {name} | {summary.num_new:,} | {rate} | {summary.busy:.0%} | {', '.join(map(str, points))} |")
