@@ -70,13 +70,13 @@ def chosen_dtype(dtype: str | torch.dtype | None, *, stored: torch.dtype) -> tor
 
 def fast_dtype(stored: torch.dtype) -> torch.dtype:
     """What to compute in where nobody has chosen: the stored dtype, or float32 where there is no accelerator and the
-    processor has no products in half precision, which it would emulate in four times the time. The log says so.
+    processor has no products in half precision, which would be emulated or converted. The log says so.
     """
     if torch.accelerator.is_available() or not is_emulated(stored, torch.device("cpu")):
         return stored
     logger.warning(
-        f"The weights are converted from {stored} to float32: this processor has no products in {stored}, and would "
-        'emulate them slowly. `dtype="auto"` keeps them as they are.'
+        f"The weights are converted from {stored} to float32: this processor has no products in {stored}. "
+        '`dtype="auto"` keeps them as they are, in half the memory.'
     )
     return torch.float32
 
