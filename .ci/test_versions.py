@@ -11,6 +11,7 @@ is an error with --strict alone.
 import argparse
 import configparser
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -45,6 +46,7 @@ SUBSET = (
     "tests/test_saving_and_loading.py",
 )
 FINETUNE = ("examples/finetune.py", "--max_steps", "20", "--num_held_out_pages", "20", "--overwrite", "true")
+COMPILING = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 README_BLOCK = re.compile(r"(<!-- make test-versions writes this -->\n).*?(<!-- up to here -->)", re.DOTALL)
 
 
@@ -104,8 +106,9 @@ def install(name: str, torch: str) -> Path:
     constraints = folder / "constraints.txt"
     constraints.write_text("".join(f"{each}=={version}\n" for each, version in constraints_of(name, torch).items()))
     python = folder / "bin" / "python"
-    command = ("-m", "pip", "install", "--quiet", "--constraint", str(constraints), *TEST_PACKAGES)
-    run(python, *command, "--editable", f".[{','.join(EXTRAS)}]")
+    # Python compiles what is imported; to compile all of torch beforehand takes minutes.
+    command = ("-m", "pip", "install", "--quiet", "--no-compile", "--constraint", str(constraints))
+    run(python, *command, *TEST_PACKAGES, "--editable", f".[{','.join(EXTRAS)}]")
     return python
 
 
@@ -113,7 +116,7 @@ def run(python: Path, *arguments: str) -> None:
     """Run a command of an environment; an exit code other than 0 is a `CalledProcessError`."""
     sys.stdout.write(f"$ {shlex.join([str(python), *arguments])}\n")
     sys.stdout.flush()
-    subprocess.run([python, *arguments], cwd=ROOT, check=True)
+    subprocess.run([python, *arguments], cwd=ROOT, check=True, env=COMPILING)
 
 
 def installed_versions(python: Path) -> dict[str, str]:
