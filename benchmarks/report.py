@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import DEEPSEEK_OCR_ENCODER, ROWS, UNLIMITED_OCR
+from benchmarks.rows import DEEPSEEK_OCR_ENCODER, ROWS, UNLIMITED_OCR, Result
 
 
 Results = dict[str, dict[str, Any]]
@@ -126,6 +126,8 @@ def _circumstances(result: dict[str, Any]) -> str:
     settings, around = result["settings"], result["environment"]
     machine, versions = around["machine"], around["versions"]
     device = machine.get("device", "?")
+    if machine.get("emulated"):
+        device += f", which emulates {' and '.join(machine['emulated'])}"
     parts = [
         device if settings["device"] == "cuda" else f"{machine['processor']} ({device})",
         f"{machine['cores']} cores",
@@ -149,6 +151,9 @@ SECTIONS = {
     "composite": _composite,
     "machines": _machines,
 }
+EMULATED = "-emulated"
+PLACES = {"": tuple(SECTIONS), EMULATED: ("rows", "machines")}
+"""The tables in the documentation, by what is behind their names: a processor that multiplies in bfloat16, or not."""
 
 
 # Files
@@ -176,11 +181,14 @@ def replace_section(text: str, section: str, content: str) -> str:
 def update_docs(folder: Path, results: Results) -> None:
     """Put what was measured into the documentation; a row measured before stays, unless it was measured whole now.
 
+    A processor that emulates bfloat16 has files and tables of its own.
+
     Args:
-        folder: With `performance.md`, and `benchmarks.json` if there is one.
-        results: What was measured now.
+        folder: With `performance.md`, and `benchmarks.json` and `benchmarks-emulated.json` if they are there.
+        results: What was measured now, on one machine.
     """
-    stored = folder / "benchmarks.json"
+    (kind,) = {_kind(result) for result in results.values()}
+    stored = folder / f"benchmarks{kind}.json"
     earlier: Results = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
     whole = {name for name, result in results.items() if "error" not in result and not result.get("interrupted")}
     merged = earlier | {name: result for name, result in results.items() if name in whole or name not in earlier}
@@ -188,10 +196,15 @@ def update_docs(folder: Path, results: Results) -> None:
     page = folder / "performance.md"
     text = page.read_text(encoding="utf-8")
     for section, table in tables(merged).items():
-        text = replace_section(text, section, table)
+        if section in PLACES[kind]:
+            text = replace_section(text, f"{section}{kind}", table)
     write_json(stored, merged)
     page.write_text(text, encoding="utf-8")
-    draw_chart(merged, folder / "benchmarks.png")
+    draw_chart(merged, folder / f"benchmarks{kind}.png")
+
+
+def _kind(result: Result) -> str:
+    return EMULATED if "bfloat16" in result["environment"]["machine"].get("emulated", ()) else ""
 
 
 # Chart

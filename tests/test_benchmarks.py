@@ -27,13 +27,20 @@ from benchmarks.processes import Job, JobError, Worker
 from benchmarks.workloads import Workload
 
 
+PLACES = "".join(
+    f"<!-- benchmarks:{section}{kind} -->\n<!-- end of benchmarks:{section}{kind} -->\n"
+    for kind, sections in report.PLACES.items()
+    for section in sections
+)
+
+
 def comparison(**fields) -> dict:
     values = {"what": "forward, float32: time", "baseline": "Unlimited-OCR", "value": 6.0, "baseline_value": 10.0}
     return vars(rows.Comparison(**(values | {"ratio": 0.6, "spread": (0.59, 0.62)} | fields)))
 
 
-def results_of(name: str, **measured) -> report.Results:
-    around = environment({"threads": 2, "device": "AVX512"}, 0.0)
+def results_of(name: str, *, emulated: tuple[str, ...] = (), **measured) -> report.Results:
+    around = environment({"threads": 2, "device": "AVX512", "emulated": list(emulated)}, 0.0)
     return {name: {"settings": vars(rows.Settings()), "environment": around} | measured}
 
 
@@ -68,14 +75,14 @@ def test_a_section_of_a_page_is_replaced_between_its_markers_and_nothing_else():
 def test_the_page_about_performance_has_a_place_for_every_table():
     """Pins the markers in `docs/performance.md` to the sections that the tool writes."""
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    for section in report.SECTIONS:
-        assert "| table |" in report.replace_section(text, section, "| table |")
+    for kind, sections in report.PLACES.items():
+        for section in sections:
+            assert "| table |" in report.replace_section(text, f"{section}{kind}", "| table |")
 
 
 def test_rows_of_earlier_runs_stay_in_the_documentation(tmp_path):
     """Pins a later run of some rows, after which the others have to be there still."""
-    sections = [f"<!-- benchmarks:{name} -->\n<!-- end of benchmarks:{name} -->\n" for name in report.SECTIONS]
-    (tmp_path / "performance.md").write_text("".join(sections))
+    (tmp_path / "performance.md").write_text(PLACES)
     report.update_docs(tmp_path, results_of("forward", comparisons=[comparison()]))
     report.update_docs(tmp_path, results_of("preprocessing", images_per_second={"a way": 12.0}))
     page = (tmp_path / "performance.md").read_text()
@@ -83,6 +90,20 @@ def test_rows_of_earlier_runs_stay_in_the_documentation(tmp_path):
     assert "| a way | 12.0 |" in page
     assert json.loads((tmp_path / "benchmarks.json").read_text()).keys() == {"forward", "preprocessing"}
     assert (tmp_path / "benchmarks.png").stat().st_size > 1000
+
+
+def test_a_processor_that_emulates_bfloat16_has_a_table_of_its_own(tmp_path):
+    """Pins times in one table of machines on which half precision is fast and slow."""
+    (tmp_path / "performance.md").write_text(PLACES)
+    report.update_docs(tmp_path, results_of("forward", comparisons=[comparison()]))
+    slow = comparison(value=100.0, baseline_value=50.0, ratio=2.0, spread=None)
+    report.update_docs(tmp_path, results_of("forward", emulated=("bfloat16", "float16"), comparisons=[slow]))
+    table, other = (tmp_path / "performance.md").read_text().split("<!-- benchmarks:rows-emulated -->")
+    assert "**0.60**" in table
+    assert "**2.00**" not in table
+    assert "| forward, float32: time | 100 s | Unlimited-OCR | 50.0 s | **2.00** |" in other
+    assert "(AVX512, which emulates bfloat16 and float16)" in other
+    assert (tmp_path / "benchmarks-emulated.json").is_file()
 
 
 def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
