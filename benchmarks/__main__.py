@@ -118,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of weights and pixels (default: 0)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="what computes (default: cpu)")
     add("--output", type=Path, default=Path("outputs/benchmarks.json"), help="the chart goes beside it, as .png")
-    update = "also write docs/benchmarks.json, its chart, and the tables in docs/performance.md; other rows stay there, and a processor that emulates bfloat16 has its own"
+    update = "also write docs/benchmarks.json, its chart, and the tables in docs/performance.md; other rows stay there"
+    update += "; what a processor that emulates bfloat16 measures has its own"
     add("--update-docs", action="store_true", help=update)
     add("--tiny", action="store_true", help="an encoder of tiny size, to test the benchmarks themselves")
     return parser

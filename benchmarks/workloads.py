@@ -27,7 +27,7 @@ from benchmarks.operations import forward_operations
 from benchmarks.preprocessing import compare_ways, random_page
 from benchmarks.processes import Job
 from deepseek_ocr_vision import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.modeling.attention_deepseek_ocr_vision import is_emulated
+from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import is_emulated
 
 
 PROJECTOR_WIDTH = 1280

@@ -31,9 +31,9 @@ precision, its products round the logits, so the largest of each query is taken 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -44,6 +44,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionClipConfig, DeepSeekOCRVisionSamConfig
+from .base_deepseek_ocr_vision import Linear, at_least_float32, is_emulated, is_open, is_recording, never_emulated
 
 
 BLOCK_BYTES = 16 << 20
@@ -53,46 +54,10 @@ COPY_BYTES = 6 << 20
 """How much of queries, keys and values the backward pass copies at once: in float32 at 1024, two heads of a page. All
 twelve raise the peak with gradient checkpointing by 0.13 GB. The forward pass copies all, which is 1.1 x as fast."""
 
-# What a processor has to have, by the names of `torch.cpu.get_capabilities()`, to multiply in half precision.
-_HALF_PRODUCTS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
-
 _EAGER_ONLY = (
     "PyTorch's fused attention can be differentiated once, and not in forward mode. For second derivatives and "
     "`torch.func.jvp` use `model.set_attn_implementation('eager')`."
 )
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for steps that lose too much in half precision: float32, or float64 if that is what comes in."""
-    return dtype if dtype == torch.float64 else torch.float32
-
-
-def is_recording() -> bool:
-    """Whether the operations go into a graph: by `torch.compile`, `torch.export`, or by tracing, for ONNX too."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def is_open(*sizes: int | torch.SymInt) -> bool:
-    """Whether a graph leaves sizes open, which comparisons would fix. A compiled one does where nothing is trained."""
-    of_dynamo = torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
-    return of_dynamo or any(isinstance(size, torch.SymInt) for size in sizes)
-
-
-def has_products(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> bool:
-    """Whether a CPU multiplies in a dtype, by `torch.cpu.get_capabilities()`; where they say nothing, it does."""
-    needed = _HALF_PRODUCTS.get(dtype, ())
-    return not needed or capabilities.get("architecture") != "x86_64" or any(map(capabilities.get, needed))
-
-
-def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device is a CPU without products in a dtype, which emulates them in four times what float32 takes."""
-    return device.type == "cpu" and not has_products(dtype, _cpu_capabilities())
-
-
-@cache
-def _cpu_capabilities() -> Mapping[str, Any]:
-    """What the processor can do; nothing in versions of PyTorch that do not tell."""
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def eager_attention(
@@ -107,11 +72,11 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in plain steps, which also gives its weights: ([B, N, A, D], [B, A, N, N])."""
     dtype = at_least_float32(query.dtype)
-    logits = (query.to(dtype) * scaling) @ key.to(dtype).transpose(-2, -1)  # [B, A, N, N]
+    logits = never_emulated(torch.matmul, query.to(dtype) * scaling, key.to(dtype).transpose(-2, -1))  # [B, A, N, N]
     if attention_mask is not None:
         logits = logits + attention_mask
     weights = F.softmax(logits, dim=-1, dtype=dtype).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
+    return never_emulated(torch.matmul, weights, value).transpose(1, 2), weights
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -155,7 +120,8 @@ def sdpa_attention(
     is_plain = attention_mask is None and torch.is_grad_enabled() and not is_recording()
     if is_plain and torch.backends.cuda.flash_sdp_enabled():  # in this order: a graph cannot ask the second
         query, key, value = (_DifferentiableOnce.apply(part, False) for part in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling).transpose(1, 2)
+    attend = F.scaled_dot_product_attention
+    output = never_emulated(attend, query, key, value, attention_mask, scale=scaling).transpose(1, 2)
     # In a graph for ONNX its memory gets another order than it had when the graph was recorded.
     return output.clone(memory_format=torch.contiguous_format) if is_recording() else output, None
 
@@ -219,8 +185,8 @@ def relative_position_terms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What rows and columns of the keys add to the logits: rel_h, [..., s, t, S], and rel_w, [..., s, t, T]."""
     rows, columns = query.shape[-3:-1]
-    rel_h = torch.einsum("...std,sid->...sti", query, table_h[:rows])
-    rel_w = torch.einsum("...std,tjd->...stj", query, table_w[:columns])
+    rel_h = never_emulated(partial(torch.einsum, "...std,sid->...sti"), query, table_h[:rows])
+    rel_w = never_emulated(partial(torch.einsum, "...std,tjd->...stj"), query, table_w[:columns])
     return rel_h, rel_w
 
 
@@ -674,8 +640,8 @@ class SamAttention(nn.Module):
         head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = head_dim**-0.5
         self.is_causal = False
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * table_size - 1, head_dim))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_size - 1, head_dim))
 
@@ -716,8 +682,8 @@ class ClipAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
         self.is_causal = False
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(  # [B, N, C] -> [B, N, C], [B, A, N, N]
         self, hidden_states: torch.Tensor, *, output_attentions: bool = False

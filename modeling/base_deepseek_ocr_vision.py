@@ -1,9 +1,10 @@
 """What the whole encoder and its two stages share: how transformers treats them, how new weights are initialised,
-position tables, and the MLP of a layer.
+position tables, the MLP of a layer, and in which dtype layers compute where a CPU would emulate theirs.
 """
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -13,12 +14,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .attention_deepseek_ocr_vision import at_least_float32, is_open, is_recording
-
 
 PIECE_TOKENS = 2048
 """Tokens whose hidden layer an MLP computes at once where nothing is kept for backward: on two cores 0.51 in place of
 0.58 s a block of SAM. On a GPU, from how many on an activation is computed again, which has not been measured."""
+
+
+# What a processor has to have, by the names of `torch.cpu.get_capabilities()`, to multiply in half precision.
+_HALF_PRODUCTS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
 
 class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
@@ -49,20 +52,15 @@ class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise weights from a normal distribution, biases with 0 and layer norms as the identity."""
-        if isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            return
+        # What follows the two stages is initialised as the second.
+        config = getattr(self.config, "clip_config", self.config)
         for name, parameter in module.named_parameters(recurse=False):
             if name == "bias":
                 init.zeros_(parameter)
+            elif isinstance(module, nn.LayerNorm):
+                init.ones_(parameter)
             else:
-                init.normal_(parameter, mean=0.0, std=self.initializer_range)
-
-    @property
-    def initializer_range(self) -> float:
-        """Standard deviation of newly initialised weights."""
-        return self.config.initializer_range
+                init.normal_(parameter, mean=0.0, std=config.initializer_range)
 
 
 class LayerGroups:
@@ -119,12 +117,61 @@ def resize_positions(positions: torch.Tensor, grid: tuple[int, int], *, antialia
     return resized[0].permute(1, 2, 0).to(positions.dtype)
 
 
-def floating_dtype(module: nn.Module, *, default: torch.dtype) -> torch.dtype:
-    """The dtype of a module's weights; quantised layers may hold none of a floating-point dtype."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return default
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for steps that lose too much in half precision: float32, or float64 if that is what comes in."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def has_products(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> bool:
+    """Whether a CPU multiplies in a dtype, by `torch.cpu.get_capabilities()`; where they say nothing, it does."""
+    needed = _HALF_PRODUCTS.get(dtype, ())
+    return not needed or capabilities.get("architecture") != "x86_64" or any(map(capabilities.get, needed))
+
+
+# The dtypes in which this machine's CPU has no products. Some versions of PyTorch do not tell.
+_CAPABILITIES = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+EMULATED = [dtype for dtype in _HALF_PRODUCTS if not has_products(dtype, _CAPABILITIES)]
+
+
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch emulates a dtype's products on a device, in 5 to 400 times what they take in float32."""
+    return device.type == "cpu" and dtype in EMULATED
+
+
+def never_emulated(function: Callable, input: torch.Tensor, *others: torch.Tensor | None, **options: Any) -> Any:
+    """What a function makes of tensors; where their dtype is emulated, in float32, and then rounded. Tensors of other
+    classes, such as quantised ones, are left to PyTorch."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+    tensors, plain = (input, *others), (torch.Tensor, nn.Parameter, type(None))
+    if not is_emulated(dtype, input.device) or any(type(each) not in plain for each in tensors):
+        return function(*tensors, **options)
+    with torch.autocast("cpu", enabled=False):
+        return function(*(each if each is None else each.float() for each in tensors), **options).to(dtype)
+
+
+class Linear(nn.Linear):
+    """PyTorch's, but `never_emulated`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return never_emulated(F.linear, input, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """PyTorch's, but `never_emulated`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return never_emulated(F.conv2d, input, self.weight, self.bias, stride=self.stride, padding=self.padding)
+
+
+def is_recording() -> bool:
+    """Whether the operations go into a graph: by `torch.compile`, `torch.export`, or by tracing, for ONNX too."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_open(*sizes: int | torch.SymInt) -> bool:
+    """Whether a graph leaves sizes open, which comparisons would fix. A compiled one does where nothing is trained."""
+    of_dynamo = torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
+    return of_dynamo or any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 class FeedForward(nn.Module):
@@ -133,13 +180,12 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden_width: int, *, activation: str, names: tuple[str, str]):
         super().__init__()
         self.names = names
-        self.add_module(names[0], nn.Linear(width, hidden_width))
+        self.add_module(names[0], Linear(width, hidden_width))
         self.act = ACT2FN[activation]
-        self.add_module(names[1], nn.Linear(hidden_width, width))
+        self.add_module(names[1], Linear(hidden_width, width))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [..., C] -> [..., C]
-        expand, contract = getattr(self, self.names[0]), getattr(self, self.names[1])
-        return feed_forward(hidden_states, expand, self.act, contract)
+        return feed_forward(hidden_states, getattr(self, self.names[0]), self.act, getattr(self, self.names[1]))
 
 
 def feed_forward(

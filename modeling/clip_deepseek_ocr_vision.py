@@ -68,14 +68,6 @@ class ClipLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
 
 
-class ClipTransformer(nn.Module):
-    """The stack of layers; there is no norm after the last."""
-
-    def __init__(self, config: DeepSeekOCRVisionClipConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.num_hidden_layers))
-
-
 class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
     """The CLIP stage: the compressed grid [B, C, H, W] to tokens [B, N, C], or [B, N + 1, C] with a class token."""
 
@@ -89,7 +81,8 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
         with keep_rng_state():
             self.embeddings = ClipEmbeddings(config, class_token=class_token)
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.transformer = ClipTransformer(config)
+            layers = nn.ModuleList(ClipLayer(config) for _ in range(config.num_hidden_layers))
+            self.transformer = nn.ModuleDict({"layers": layers})  # without a norm after the last
         self.post_init()
 
     def forward(
@@ -103,7 +96,7 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
         # The stages may be of different dtypes.
         hidden_states = self.pre_layrnorm(self.embeddings(feature_map.to(self.dtype)))
         all_hidden_states, all_weights = [hidden_states], []
-        for layer in self.transformer.layers:
+        for layer in self.transformer["layers"].children():
             hidden_states = checkpointable(layer, hidden_states)
             hidden_states, weights = layer(hidden_states, output_attentions=output_attentions)
             if output_hidden_states:

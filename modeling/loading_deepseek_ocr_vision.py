@@ -92,8 +92,7 @@ class CheckpointMixin(AtomicSavingMixin, DeepSeekOCRVisionPreTrainedModel):
             model._origin = _origin_of(source, kwargs)
         if verify_checksums:
             _weights().verify_loaded(source, **_hub_options(kwargs))
-        result: Any = (model, loading_info) if output_loading_info else model
-        return result
+        return (model, loading_info) if output_loading_info else model  # type: ignore[return-value]
 
     @classmethod
     def from_deepseek_ocr(

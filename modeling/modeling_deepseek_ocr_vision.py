@@ -7,6 +7,7 @@ Letters in the shapes: B batch, H and W rows and columns of the token grid, N = 
 """
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..configuration.checks_deepseek_ocr_vision import require_integer, require_whole_tokens
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
 from ..configuration.presets_deepseek_ocr_vision import ModeName
-from .base_deepseek_ocr_vision import LayerGroups, floating_dtype, input_device, keep_rng_state
+from .base_deepseek_ocr_vision import LayerGroups, Linear, input_device, keep_rng_state
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import CheckpointMixin
 from .sam_deepseek_ocr_vision import SamEncoder
@@ -39,10 +40,12 @@ class Projector(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.layers = nn.Linear(in_features, out_features)
+        self.layers = Linear(in_features, out_features)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:  # [B, N, 2048] -> [B, N, 1280]
-        return self.layers(features.to(floating_dtype(self.layers, default=features.dtype)))
+        # Quantised layers may hold no weights of a floating-point dtype.
+        dtypes = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        return self.layers(features.to(next(dtypes, features.dtype)))
 
 
 class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
@@ -77,11 +80,6 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
             self.image_newline = nn.Parameter(torch.zeros(config.projection_dim))
             self.view_seperator = nn.Parameter(torch.zeros(config.projection_dim))
         self.post_init()
-
-    @property
-    def initializer_range(self) -> float:
-        """Standard deviation of newly initialised weights after the two stages, which have their own."""
-        return self.config.clip_config.initializer_range
 
     def forward(
         self,
@@ -239,7 +237,7 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
             "sam.neck": _parameters(sam, "neck"),
             "sam.compressor": _parameters(sam, "net_2", "net_3"),
             "clip.embeddings": _parameters(clip, "embeddings", "pre_layrnorm"),
-            **{f"clip.layers.{index}": [*each.parameters()] for index, each in enumerate(clip.transformer.layers)},
+            **{f"clip.layers.{i}": [*each.parameters()] for i, each in clip.transformer["layers"].named_children()},
         }
         if self.config.feature_mode in ("projected", "sequence"):
             groups["projector"] = _parameters(self, "projector")
@@ -256,10 +254,7 @@ def _switch(value: Any, *, default: Any) -> bool:
 
 def _count_from_start(error: Exception, start: int) -> None:
     """Let an error about an image of a batch name its index in the whole list."""
-
-    def counted(text: str) -> str:
-        return re.sub(r"(?<=\bimages\[)\d+(?=\])", lambda match: str(int(match[0]) + start), text)
-
+    counted = partial(re.sub, r"(?<=\bimages\[)\d+(?=\])", lambda match: str(int(match[0]) + start))
     error.args = tuple(counted(part) if isinstance(part, str) else part for part in error.args)
 
 

@@ -11,11 +11,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionSamConfig
-from .attention_deepseek_ocr_vision import SamAttention, is_emulated, is_recording
+from .attention_deepseek_ocr_vision import SamAttention
 from .base_deepseek_ocr_vision import (
+    Conv2d,
     DeepSeekOCRVisionPreTrainedModel,
     FeedForward,
     checkpointable,
+    is_emulated,
+    is_recording,
     keep_rng_state,
     resize_positions,
 )
@@ -30,7 +33,7 @@ class SamPatchEmbed(nn.Module):
     def __init__(self, config: DeepSeekOCRVisionSamConfig, *, num_channels: int):
         super().__init__()
         side = config.patch_size
-        self.proj = nn.Conv2d(num_channels, config.hidden_size, kernel_size=side, stride=side)
+        self.proj = Conv2d(num_channels, config.hidden_size, kernel_size=side, stride=side)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # [B, 3, height, width] -> [B, H, W, C]
         # Contiguous, or every norm and every sum of the blocks would go through the channels in strides of H x W.
@@ -78,13 +81,13 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
             self.pos_embed = nn.Parameter(torch.zeros(1, table_size, table_size, config.hidden_size))
             self.blocks = nn.ModuleList(SamBlock(config, index=index) for index in range(config.num_hidden_layers))
             self.neck = nn.Sequential(
-                nn.Conv2d(config.hidden_size, width, kernel_size=1, bias=False),
+                Conv2d(config.hidden_size, width, kernel_size=1, bias=False),
                 LayerNorm2d(width, eps=config.layer_norm_eps),
-                nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
+                Conv2d(width, width, kernel_size=3, padding=1, bias=False),
                 LayerNorm2d(width, eps=config.layer_norm_eps),
             )
-            self.net_2 = nn.Conv2d(width, middle_width, kernel_size=3, stride=2, padding=1, bias=False)
-            self.net_3 = nn.Conv2d(middle_width, out_width, kernel_size=3, stride=2, padding=1, bias=False)
+            self.net_2 = Conv2d(width, middle_width, kernel_size=3, stride=2, padding=1, bias=False)
+            self.net_3 = Conv2d(middle_width, out_width, kernel_size=3, stride=2, padding=1, bias=False)
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -92,8 +95,9 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
             places = f"on {pixel_values.device} and the model on {self.pos_embed.device}"
             raise ValueError(f"`pixel_values` is {places}; tensors on the meta device have a shape and no values.")
         if not is_recording() and is_emulated(self.dtype, pixel_values.device):
-            slow = f"This processor has no products in {self.dtype}, and PyTorch emulates them slowly"
-            logger.warning_once(f"{slow}; `model.float()` makes this model several times as fast here.")
+            logger.warning_once(
+                f"This CPU emulates {self.dtype}: layers convert to float32, which `model.float()` saves."
+            )
         if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
             # Counting to them fixes sizes: torch 2.14's Inductor has no backward pass for tables resized to open ones.
             [*range(pixel_values.shape[-2]), *range(pixel_values.shape[-1])]

@@ -175,8 +175,9 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         self.do_resize = require_flag("do_resize", do_resize)
         self.size, self.tile_size = _sizes(preset=preset, mode=mode, size=size, tile_size=tile_size)
         self.max_patches = require_integer("max_patches", max_patches, at_least=MIN_TILES)
-        filters = [int(filter_) for filter_ in Image.Resampling]
-        self.resample = require_choice("resample", require_integer("resample", resample), filters)
+        self.resample = require_choice(
+            "resample", require_integer("resample", resample), [*map(int, Image.Resampling)]
+        )
         self.do_pad = None if do_pad is None else require_flag("do_pad", do_pad)
         self.do_rescale = require_flag("do_rescale", do_rescale)
         self.rescale_factor = require_number("rescale_factor", rescale_factor)
@@ -405,10 +406,8 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
     def _factor_and_shift(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """What the 256 levels are multiplied by, and what is added, per channel: both [3, 1, 1]."""
         factor = self.rescale_factor if self.do_rescale else scale
-        channels = torch.tensor([self.image_mean, self.image_std], dtype=torch.float64)
-        mean, std = channels.view(2, 3, 1, 1)
-        if not self.do_normalize:
-            mean, std = torch.zeros_like(mean), torch.ones_like(std)
+        statistics = (self.image_mean, self.image_std) if self.do_normalize else ([0.0] * 3, [1.0] * 3)
+        mean, std = torch.tensor(statistics, dtype=torch.float64).view(2, 3, 1, 1)
         return (factor / std).float(), (-mean / std).float()
 
 

@@ -244,11 +244,9 @@ def _grey(image: Image.Image, name: str) -> tuple[Image.Image, float]:
 
 
 def _over_paper(image: Image.Image) -> Image.Image:
-    if image.mode == "La":
-        # Pillow knows no other way from premultiplied grey to RGBA.
-        image = image.convert("LA")
-    if image.mode != "RGBA":
-        image = image.convert("RGBA")
+    # Pillow knows no other way from premultiplied grey to RGBA.
+    image = image.convert("LA") if image.mode == "La" else image
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
     page = Image.new("RGB", image.size, PAPER)
     page.paste(image, mask=image)
     return page

@@ -7,6 +7,7 @@ from helpers import GRADIENT_TOLERANCE, TOLERANCE, relative_error, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepseek_ocr_vision.modeling import attention_deepseek_ocr_vision as attention
+from deepseek_ocr_vision.modeling import base_deepseek_ocr_vision as base
 from deepseek_ocr_vision.modeling.attention_deepseek_ocr_vision import SamAttention
 
 
@@ -62,13 +63,13 @@ def test_gradcheck_of_blocks(monkeypatch, window_size):
     assert torch.autograd.gradcheck(compute, (hidden_states, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("capabilities", [{}, {"architecture": "x86_64"}], ids=["half blocks", "single blocks"])
+@pytest.mark.parametrize("emulated", [[], [torch.bfloat16]], ids=["half blocks", "single blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window_size", [0, 3])
-def test_half_precision_sums_in_single(monkeypatch, window_size, dtype, capabilities):
+def test_half_precision_sums_in_single(monkeypatch, window_size, dtype, emulated):
     """Pins gradients that are added up over many blocks: in bfloat16 the later ones would be lost."""
     monkeypatch.setattr(attention, "BLOCK_BYTES", 500)
-    monkeypatch.setattr(attention, "_cpu_capabilities", lambda: capabilities)
+    monkeypatch.setattr(base, "EMULATED", emulated)
     module = make_attention(window_size)
     hidden_states = torch.randn(1, 8, 8, 32, dtype=torch.float64)
     expected = outputs_and_gradients(module, "eager", hidden_states)
@@ -167,7 +168,7 @@ def test_a_second_derivative_of_a_fused_kernel_is_an_error_that_names_the_way_ou
 )
 def test_a_processor_says_whether_it_multiplies_in_half_precision(dtype, capabilities, expected):
     """Pins 100 s for a page in bfloat16 on a processor with AVX2 alone; the others keep what is fast there."""
-    assert attention.has_products(dtype, capabilities) is expected
+    assert base.has_products(dtype, capabilities) is expected
 
 
 def test_sdpa_means_what_suits_device_and_graph():

@@ -5,11 +5,27 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import pixels, tiny_config
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepseek_ocr_vision import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.modeling import attention_deepseek_ocr_vision as attention
+from deepseek_ocr_vision.modeling import base_deepseek_ocr_vision as base
 from deepseek_ocr_vision.modeling.attention_deepseek_ocr_vision import SamAttention
+
+
+class ProductDtypes(TorchDispatchMode):
+    """Notes what layers and attention multiply in, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in ("convolution", "mm", "attention")):
+            self.seen |= {each.dtype for each in args if isinstance(each, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
 
 
 CASES = [  # formulation, and what the processor can do
@@ -89,8 +105,68 @@ def test_no_formulation_rounds_more_than_the_original_code(monkeypatch, dtype, w
     exact.config._attn_implementation = "eager"
     assert max(errors(output_and_gradients(exact, exact, inputs.double()), expected).values()) < 1e-9
     for implementation, capabilities in CASES:
-        monkeypatch.setattr(attention, "_cpu_capabilities", lambda capabilities=capabilities: capabilities)
+        monkeypatch.setattr(base, "EMULATED", [] if base.has_products(dtype, capabilities) else [dtype])
         half.config._attn_implementation = implementation
         for name, error in errors(output_and_gradients(half, half, inputs), expected).items():
             slack = 1.05 if name in ("inference", "output") else 1.15
             assert error < slack * limits[name], (implementation, capabilities, name, error, limits[name])
+
+
+@pytest.mark.parametrize("is_emulated", [True, False])
+@pytest.mark.parametrize("by_autocast", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "blockwise", "sdpa_masked"])
+def test_nothing_is_emulated(monkeypatch, implementation, by_autocast, is_emulated):
+    """Pins 100 s for a page in bfloat16 that takes 9 in float32, with autocast and without, and backward."""
+    monkeypatch.setattr(base, "EMULATED", [torch.bfloat16] if is_emulated else [])
+    torch.manual_seed(0)
+    model = DeepSeekOCRVisionModel(tiny_config()).eval()
+    model.set_attn_implementation({"sam_config": implementation, "clip_config": implementation})
+    page = pixels(1, 128, 128)
+    expected = model(page).last_hidden_state
+    expected.square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    half = copy.deepcopy(model) if by_autocast else copy.deepcopy(model).bfloat16()
+    half.zero_grad()
+    with ProductDtypes() as dtypes:
+        with torch.autocast("cpu", torch.bfloat16, enabled=by_autocast):
+            tokens = half(page).last_hidden_state
+        tokens.float().square().mean().backward()
+    assert (torch.bfloat16 not in dtypes.seen) is is_emulated
+    assert tokens.dtype == (torch.float32 if by_autocast else torch.bfloat16)  # autocast adds up in float32
+    assert (tokens - expected).norm() < 0.05 * expected.norm()
+    for name, parameter in half.named_parameters():
+        assert parameter.grad.dtype == parameter.dtype
+        if name.endswith("weight"):
+            assert (parameter.grad - gradients[name]).norm() < 0.2 * gradients[name].norm(), name
+
+
+def test_what_stands_in_for_a_layer_is_its_own_business(monkeypatch):
+    """Pins that adapters and quantised weights find PyTorch's layers here, and are called as anywhere."""
+    monkeypatch.setattr(base, "EMULATED", [torch.bfloat16])
+    layer = base.Linear(4, 4).bfloat16()
+    assert isinstance(layer, torch.nn.Linear)
+    assert isinstance(base.Conv2d(3, 4, 1), torch.nn.Conv2d)
+
+    class Quantised(torch.Tensor):
+        """A tensor of another class."""
+
+    seen = []
+    monkeypatch.setattr(
+        base.F, "linear", lambda input, weight, bias: seen.append((input.dtype, type(weight))) or input
+    )
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantised))
+    assert layer(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert seen == [(torch.bfloat16, Quantised)]
+
+
+def test_in_half_precision_it_compiles_and_exports_in_one_graph(monkeypatch):
+    """Pins a question to the processor inside a graph, which would break it."""
+    monkeypatch.setattr(base, "EMULATED", [torch.bfloat16])
+    model = DeepSeekOCRVisionModel(tiny_config()).bfloat16().eval()
+    page = pixels(1, 128, 128).bfloat16()
+    with torch.no_grad():
+        expected = model(page).last_hidden_state
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(page).last_hidden_state
+        exported = torch.export.export(model, (page,)).module()(page).last_hidden_state
+    for tokens in (compiled, exported):
+        assert (tokens - expected).float().norm() < 0.05 * expected.float().norm()

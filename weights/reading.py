@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging
 
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
-from deepseek_ocr_vision.modeling.attention_deepseek_ocr_vision import is_emulated
+from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import is_emulated
 
 from .checkpoints import LocalCheckpoint, compare_checksums, open_local
 from .hub import open_remote
