@@ -139,9 +139,9 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def never_emulated(function: Callable, input: torch.Tensor, *others: torch.Tensor | None, **options: Any) -> Any:
-    """What a function makes of tensors; where their dtype is emulated, in float32, and then rounded. Tensors of other
-    classes, such as quantised ones, are left to PyTorch."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+    """What a function makes of tensors; of plain, not quantised ones of an emulated dtype in float32, then rounded."""
+    is_cast = torch.is_autocast_enabled("cpu") and input.dtype != torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype("cpu") if is_cast else input.dtype
     tensors, plain = (input, *others), (torch.Tensor, nn.Parameter, type(None))
     if not is_emulated(dtype, input.device) or any(type(each) not in plain for each in tensors):
         return function(*tensors, **options)

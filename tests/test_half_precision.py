@@ -159,6 +159,16 @@ def test_what_stands_in_for_a_layer_is_its_own_business(monkeypatch):
     assert seen == [(torch.bfloat16, Quantised)]
 
 
+def test_autocast_leaves_float64_alone(monkeypatch):
+    """Pins tests of gradients, whose numbers would be rounded to float32 on their way through a layer."""
+    monkeypatch.setattr(base, "EMULATED", [torch.bfloat16])
+    layer, input = torch.nn.Linear(4, 4).double(), torch.randn(2, 4, dtype=torch.float64)
+    ours = base.Linear(4, 4).double()
+    ours.load_state_dict(layer.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(input), layer(input))
+
+
 def test_in_half_precision_it_compiles_and_exports_in_one_graph(monkeypatch):
     """Pins a question to the processor inside a graph, which would break it."""
     monkeypatch.setattr(base, "EMULATED", [torch.bfloat16])
