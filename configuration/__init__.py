@@ -3,12 +3,13 @@
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig
 
+from deepseek_ocr_vision.configuration.at_home import preset_of
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import (
     DeepSeekOCRVisionClipConfig,
     DeepSeekOCRVisionConfig,
     DeepSeekOCRVisionSamConfig,
 )
-from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES, PRESETS, Mode, Preset, preset_of
+from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES, PRESETS, Mode, Preset
 
 
 def _register() -> None:

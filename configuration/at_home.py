@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
+from .configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig, FeatureMode
 
 
 def require_common_fields(fields: dict[str, Any]) -> None:
@@ -71,3 +71,8 @@ def tiny_fields(fields: dict[str, Any]) -> dict[str, Any]:
         given = fields.get(field, {})
         stages[field] = stage | given if isinstance(given, dict) else given
     return {"projection_dim": 48} | fields | stages
+
+
+def preset_of(feature_mode: FeatureMode) -> str:
+    """The name of the preset that goes with a feature mode; all but `"residual"` go with the released model's."""
+    return "deepseek-ocr-encoder" if feature_mode == "residual" else "deepseek-ocr"

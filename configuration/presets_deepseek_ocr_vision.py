@@ -64,24 +64,10 @@ class Preset:
 
 PRESETS = {
     "deepseek-ocr-encoder": Preset(
-        feature_mode="residual",
-        image_mean=(0.48145466, 0.4578275, 0.40821073),
-        image_std=(0.26862954, 0.26130258, 0.27577711),
-        padded_from=None,
+        "residual", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), padded_from=None
     ),
-    "deepseek-ocr": Preset(
-        feature_mode="concat",
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-        padded_from=1024,
-        modes=get_args(ModeName),
-    ),
+    "deepseek-ocr": Preset("concat", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), padded_from=1024, modes=get_args(ModeName)),
 }
-
-
-def preset_of(feature_mode: FeatureMode) -> str:
-    """The name of the preset that goes with a feature mode; all but `"residual"` go with the released model's."""
-    return "deepseek-ocr-encoder" if feature_mode == "residual" else "deepseek-ocr"
 
 
 def require_preset(preset: str) -> Preset:

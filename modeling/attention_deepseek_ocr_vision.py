@@ -44,7 +44,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionClipConfig, DeepSeekOCRVisionSamConfig
-from .base_deepseek_ocr_vision import Linear, at_least_float32, is_emulated, is_open, is_recording, never_emulated
+from .base_deepseek_ocr_vision import at_least_float32, is_emulated, is_open, is_recording
 
 
 BLOCK_BYTES = 16 << 20
@@ -72,11 +72,11 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in plain steps, which also gives its weights: ([B, N, A, D], [B, A, N, N])."""
     dtype = at_least_float32(query.dtype)
-    logits = never_emulated(torch.matmul, query.to(dtype) * scaling, key.to(dtype).transpose(-2, -1))  # [B, A, N, N]
+    logits = (query.to(dtype) * scaling) @ key.to(dtype).transpose(-2, -1)  # [B, A, N, N]
     if attention_mask is not None:
         logits = logits + attention_mask
     weights = F.softmax(logits, dim=-1, dtype=dtype).to(query.dtype)
-    return never_emulated(torch.matmul, weights, value).transpose(1, 2), weights
+    return (weights @ value).transpose(1, 2), weights
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -120,8 +120,7 @@ def sdpa_attention(
     is_plain = attention_mask is None and torch.is_grad_enabled() and not is_recording()
     if is_plain and torch.backends.cuda.flash_sdp_enabled():  # in this order: a graph cannot ask the second
         query, key, value = (_DifferentiableOnce.apply(part, False) for part in (query, key, value))
-    attend = F.scaled_dot_product_attention
-    output = never_emulated(attend, query, key, value, attention_mask, scale=scaling).transpose(1, 2)
+    output = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling).transpose(1, 2)
     # In a graph for ONNX its memory gets another order than it had when the graph was recorded.
     return output.clone(memory_format=torch.contiguous_format) if is_recording() else output, None
 
@@ -185,8 +184,8 @@ def relative_position_terms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What rows and columns of the keys add to the logits: rel_h, [..., s, t, S], and rel_w, [..., s, t, T]."""
     rows, columns = query.shape[-3:-1]
-    rel_h = never_emulated(partial(torch.einsum, "...std,sid->...sti"), query, table_h[:rows])
-    rel_w = never_emulated(partial(torch.einsum, "...std,tjd->...stj"), query, table_w[:columns])
+    rel_h = torch.einsum("...std,sid->...sti", query, table_h[:rows])
+    rel_w = torch.einsum("...std,tjd->...stj", query, table_w[:columns])
     return rel_h, rel_w
 
 
@@ -640,8 +639,8 @@ class SamAttention(nn.Module):
         head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = head_dim**-0.5
         self.is_causal = False
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * table_size - 1, head_dim))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_size - 1, head_dim))
 
@@ -682,8 +681,8 @@ class ClipAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
         self.is_causal = False
-        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(  # [B, N, C] -> [B, N, C], [B, A, N, N]
         self, hidden_states: torch.Tensor, *, output_attentions: bool = False

@@ -2,13 +2,14 @@
 position tables, the MLP of a layer, and in which dtype layers compute where a CPU would emulate theirs.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -22,6 +23,7 @@ PIECE_TOKENS = 2048
 
 # What a processor has to have, by the names of `torch.cpu.get_capabilities()`, to multiply in half precision.
 _HALF_PRODUCTS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+_PRODUCTS = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.einsum, torch.Tensor.matmul}
 
 
 class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
@@ -138,29 +140,29 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in EMULATED
 
 
-def never_emulated(function: Callable, input: torch.Tensor, *others: torch.Tensor | None, **options: Any) -> Any:
-    """What a function makes of tensors; of plain, not quantised ones of an emulated dtype in float32, then rounded."""
-    is_cast = torch.is_autocast_enabled("cpu") and input.dtype != torch.float64  # which autocast leaves alone
-    dtype = torch.get_autocast_dtype("cpu") if is_cast else input.dtype
-    tensors, plain = (input, *others), (torch.Tensor, nn.Parameter, type(None))
-    if not is_emulated(dtype, input.device) or any(type(each) not in plain for each in tensors):
-        return function(*tensors, **options)
-    with torch.autocast("cpu", enabled=False):
-        return function(*(each if each is None else each.float() for each in tensors), **options).to(dtype)
+class _InFloat32(TorchFunctionMode):
+    """Computes products in half precision in float32 and rounds, whatever layer asks; but not of quantised tensors."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        tensors = [each for each in args if isinstance(each, torch.Tensor)] if function in _PRODUCTS else []
+        dtype = _cast_dtype(tensors[0]) if tensors else torch.float32
+        if dtype not in EMULATED or any(type(each) not in (torch.Tensor, nn.Parameter) for each in tensors):
+            return function(*args, **(kwargs or {}))
+        with torch.autocast("cpu", enabled=False):
+            args = tuple(each.float() if isinstance(each, torch.Tensor) else each for each in args)
+            return function(*args, **(kwargs or {})).to(dtype)
 
 
-class Linear(nn.Linear):
-    """PyTorch's, but `never_emulated`."""
+def _cast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of a tensor's products on a CPU; autocast leaves float64 alone."""
+    is_cast = torch.is_autocast_enabled("cpu") and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype("cpu") if is_cast else tensor.dtype
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return never_emulated(F.linear, input, self.weight, self.bias)
 
-
-class Conv2d(nn.Conv2d):
-    """PyTorch's, but `never_emulated`."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return never_emulated(F.conv2d, input, self.weight, self.bias, stride=self.stride, padding=self.padding)
+def never_emulated(hidden_states: torch.Tensor) -> AbstractContextManager:
+    """A context for layers that read a tensor, in which nothing is emulated; graphs are left as they are."""
+    is_needed = not is_recording() and is_emulated(_cast_dtype(hidden_states), hidden_states.device)
+    return _InFloat32() if is_needed else nullcontext()
 
 
 def is_recording() -> bool:
@@ -180,9 +182,9 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden_width: int, *, activation: str, names: tuple[str, str]):
         super().__init__()
         self.names = names
-        self.add_module(names[0], Linear(width, hidden_width))
+        self.add_module(names[0], nn.Linear(width, hidden_width))
         self.act = ACT2FN[activation]
-        self.add_module(names[1], Linear(hidden_width, width))
+        self.add_module(names[1], nn.Linear(hidden_width, width))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [..., C] -> [..., C]
         return feed_forward(hidden_states, getattr(self, self.names[0]), self.act, getattr(self, self.names[1]))
@@ -201,7 +203,8 @@ def feed_forward(
     """
 
     def activate_and_contract(hidden_layer: torch.Tensor) -> torch.Tensor:
-        return contract(activation(hidden_layer))
+        with never_emulated(hidden_layer):  # once more, as it may be called again from the backward pass
+            return contract(activation(hidden_layer))
 
     # A compiler decides for itself what to keep and how much to compute at a time.
     if not is_recording():

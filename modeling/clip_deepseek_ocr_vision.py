@@ -18,6 +18,7 @@ from .base_deepseek_ocr_vision import (
     FeedForward,
     checkpointable,
     keep_rng_state,
+    never_emulated,
     resize_positions,
 )
 
@@ -63,9 +64,18 @@ class ClipLayer(GradientCheckpointingLayer):
     def forward(  # [B, N, C] -> [B, N, C], [B, A, N, N]
         self, hidden_states: torch.Tensor, *, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, weights = self.self_attn(self.layer_norm1(hidden_states), output_attentions=output_attentions)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
+        with never_emulated(hidden_states):
+            attended, weights = self.self_attn(self.layer_norm1(hidden_states), output_attentions=output_attentions)
+            hidden_states = hidden_states + attended
+            return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
+
+
+class ClipTransformer(nn.Module):
+    """The stack of layers; there is no norm after the last."""
+
+    def __init__(self, config: DeepSeekOCRVisionClipConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.num_hidden_layers))
 
 
 class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
@@ -81,8 +91,7 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
         with keep_rng_state():
             self.embeddings = ClipEmbeddings(config, class_token=class_token)
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            layers = nn.ModuleList(ClipLayer(config) for _ in range(config.num_hidden_layers))
-            self.transformer = nn.ModuleDict({"layers": layers})  # without a norm after the last
+            self.transformer = ClipTransformer(config)
         self.post_init()
 
     def forward(
@@ -96,7 +105,7 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
         # The stages may be of different dtypes.
         hidden_states = self.pre_layrnorm(self.embeddings(feature_map.to(self.dtype)))
         all_hidden_states, all_weights = [hidden_states], []
-        for layer in self.transformer["layers"].children():
+        for layer in self.transformer.layers:
             hidden_states = checkpointable(layer, hidden_states)
             hidden_states, weights = layer(hidden_states, output_attentions=output_attentions)
             if output_hidden_states:

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..configuration.checks_deepseek_ocr_vision import require_integer, require_whole_tokens
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
 from ..configuration.presets_deepseek_ocr_vision import ModeName
-from .base_deepseek_ocr_vision import LayerGroups, Linear, input_device, keep_rng_state
+from .base_deepseek_ocr_vision import LayerGroups, input_device, keep_rng_state
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import CheckpointMixin
 from .sam_deepseek_ocr_vision import SamEncoder
@@ -40,7 +40,7 @@ class Projector(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.layers = Linear(in_features, out_features)
+        self.layers = nn.Linear(in_features, out_features)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:  # [B, N, 2048] -> [B, N, 1280]
         # Quantised layers may hold no weights of a floating-point dtype.
@@ -237,7 +237,7 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
             "sam.neck": _parameters(sam, "neck"),
             "sam.compressor": _parameters(sam, "net_2", "net_3"),
             "clip.embeddings": _parameters(clip, "embeddings", "pre_layrnorm"),
-            **{f"clip.layers.{i}": [*each.parameters()] for i, each in clip.transformer["layers"].named_children()},
+            **{f"clip.layers.{index}": [*each.parameters()] for index, each in enumerate(clip.transformer.layers)},
         }
         if self.config.feature_mode in ("projected", "sequence"):
             groups["projector"] = _parameters(self, "projector")

@@ -13,13 +13,13 @@ from transformers.utils import logging
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionSamConfig
 from .attention_deepseek_ocr_vision import SamAttention
 from .base_deepseek_ocr_vision import (
-    Conv2d,
     DeepSeekOCRVisionPreTrainedModel,
     FeedForward,
     checkpointable,
     is_emulated,
     is_recording,
     keep_rng_state,
+    never_emulated,
     resize_positions,
 )
 
@@ -33,7 +33,7 @@ class SamPatchEmbed(nn.Module):
     def __init__(self, config: DeepSeekOCRVisionSamConfig, *, num_channels: int):
         super().__init__()
         side = config.patch_size
-        self.proj = Conv2d(num_channels, config.hidden_size, kernel_size=side, stride=side)
+        self.proj = nn.Conv2d(num_channels, config.hidden_size, kernel_size=side, stride=side)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # [B, 3, height, width] -> [B, H, W, C]
         # Contiguous, or every norm and every sum of the blocks would go through the channels in strides of H x W.
@@ -54,8 +54,9 @@ class SamBlock(GradientCheckpointingLayer):
         self.mlp = FeedForward(config.hidden_size, config.mlp_dim, activation=config.hidden_act, names=names)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, H, W, C] -> [B, H, W, C]
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
-        return hidden_states + self.mlp(self.norm2(hidden_states))
+        with never_emulated(hidden_states):
+            hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
+            return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -81,13 +82,13 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
             self.pos_embed = nn.Parameter(torch.zeros(1, table_size, table_size, config.hidden_size))
             self.blocks = nn.ModuleList(SamBlock(config, index=index) for index in range(config.num_hidden_layers))
             self.neck = nn.Sequential(
-                Conv2d(config.hidden_size, width, kernel_size=1, bias=False),
+                nn.Conv2d(config.hidden_size, width, kernel_size=1, bias=False),
                 LayerNorm2d(width, eps=config.layer_norm_eps),
-                Conv2d(width, width, kernel_size=3, padding=1, bias=False),
+                nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
                 LayerNorm2d(width, eps=config.layer_norm_eps),
             )
-            self.net_2 = Conv2d(width, middle_width, kernel_size=3, stride=2, padding=1, bias=False)
-            self.net_3 = Conv2d(middle_width, out_width, kernel_size=3, stride=2, padding=1, bias=False)
+            self.net_2 = nn.Conv2d(width, middle_width, kernel_size=3, stride=2, padding=1, bias=False)
+            self.net_3 = nn.Conv2d(middle_width, out_width, kernel_size=3, stride=2, padding=1, bias=False)
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -101,10 +102,12 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
         if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
             # Counting to them fixes sizes: torch 2.14's Inductor has no backward pass for tables resized to open ones.
             [*range(pixel_values.shape[-2]), *range(pixel_values.shape[-1])]
-        hidden_states = self.patch_embed(pixel_values.to(self.dtype))  # [B, H, W, C]
-        _, height, width, _ = hidden_states.shape
-        hidden_states = hidden_states + resize_positions(self.pos_embed[0], (height, width), antialias=True)
-        for block in self.blocks:
-            hidden_states = block(checkpointable(block, hidden_states))
-        hidden_states = self.neck(hidden_states.permute(0, 3, 1, 2))  # [B, 256, H, W]
-        return self.net_3(self.net_2(hidden_states))  # [B, 1024, H / 4, W / 4]
+        pixel_values = pixel_values.to(self.dtype)
+        with never_emulated(pixel_values):
+            hidden_states = self.patch_embed(pixel_values)  # [B, H, W, C]
+            grid = (hidden_states.shape[1], hidden_states.shape[2])
+            hidden_states = hidden_states + resize_positions(self.pos_embed[0], grid, antialias=True)
+            for block in self.blocks:
+                hidden_states = block(checkpointable(block, hidden_states))
+            hidden_states = self.neck(hidden_states.permute(0, 3, 1, 2))  # [B, 256, H, W]
+            return self.net_3(self.net_2(hidden_states))  # [B, 1024, H / 4, W / 4]

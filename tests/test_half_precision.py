@@ -140,33 +140,24 @@ def test_nothing_is_emulated(monkeypatch, implementation, by_autocast, is_emulat
             assert (parameter.grad - gradients[name]).norm() < 0.2 * gradients[name].norm(), name
 
 
-def test_what_stands_in_for_a_layer_is_its_own_business(monkeypatch):
-    """Pins that adapters and quantised weights find PyTorch's layers here, and are called as anywhere."""
+def test_quantised_tensors_and_float64_are_left_alone(monkeypatch):
+    """Pins weights that would lose their class, and gradients that would be rounded to float32 on their way."""
     monkeypatch.setattr(base, "EMULATED", [torch.bfloat16])
-    layer = base.Linear(4, 4).bfloat16()
-    assert isinstance(layer, torch.nn.Linear)
-    assert isinstance(base.Conv2d(3, 4, 1), torch.nn.Conv2d)
 
     class Quantised(torch.Tensor):
         """A tensor of another class."""
 
-    seen = []
-    monkeypatch.setattr(
-        base.F, "linear", lambda input, weight, bias: seen.append((input.dtype, type(weight))) or input
-    )
-    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantised))
-    assert layer(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert seen == [(torch.bfloat16, Quantised)]
-
-
-def test_autocast_leaves_float64_alone(monkeypatch):
-    """Pins tests of gradients, whose numbers would be rounded to float32 on their way through a layer."""
-    monkeypatch.setattr(base, "EMULATED", [torch.bfloat16])
-    layer, input = torch.nn.Linear(4, 4).double(), torch.randn(2, 4, dtype=torch.float64)
-    ours = base.Linear(4, 4).double()
-    ours.load_state_dict(layer.state_dict())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ours(input), layer(input))
+    tokens, layer = torch.ones(2, 4, dtype=torch.bfloat16), torch.nn.Linear(4, 4).bfloat16()
+    with base.never_emulated(tokens), ProductDtypes() as dtypes:
+        layer(tokens)
+        assert dtypes.seen == {torch.float32}
+        layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantised))
+        layer(tokens)
+        assert dtypes.seen == {torch.float32, torch.bfloat16}
+    layer, tokens = torch.nn.Linear(4, 4).double(), torch.randn(2, 4, dtype=torch.float64)
+    expected = layer(tokens)
+    with torch.autocast("cpu", torch.bfloat16), base.never_emulated(torch.ones(1)):
+        assert torch.equal(layer(tokens), expected)
 
 
 def test_in_half_precision_it_compiles_and_exports_in_one_graph(monkeypatch):

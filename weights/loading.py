@@ -4,8 +4,9 @@ import os
 from typing import Any
 
 from deepseek_ocr_vision.configuration import DeepSeekOCRVisionConfig
+from deepseek_ocr_vision.configuration.at_home import preset_of
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FeatureMode
-from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import ModeName, preset_of
+from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import ModeName
 from deepseek_ocr_vision.modeling import DeepSeekOCRVisionModel
 from deepseek_ocr_vision.processing import DeepSeekOCRVisionImageProcessor
 
