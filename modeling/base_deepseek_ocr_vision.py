@@ -130,9 +130,8 @@ def has_products(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> bool:
     return not needed or capabilities.get("architecture") != "x86_64" or any(map(capabilities.get, needed))
 
 
-# The dtypes in which this machine's CPU has no products. Some versions of PyTorch do not tell.
 _CAPABILITIES = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-EMULATED = [dtype for dtype in _HALF_PRODUCTS if not has_products(dtype, _CAPABILITIES)]
+EMULATED = [dtype for dtype in _HALF_PRODUCTS if not has_products(dtype, _CAPABILITIES)]  # by this machine's CPU
 
 
 def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
@@ -160,8 +159,9 @@ def _cast_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def never_emulated(hidden_states: torch.Tensor) -> AbstractContextManager:
-    """A context for layers that read a tensor, in which nothing is emulated; graphs are left as they are."""
-    is_needed = not is_recording() and is_emulated(_cast_dtype(hidden_states), hidden_states.device)
+    """A context for layers that read a tensor, in which nothing is emulated. Files for other machines have none."""
+    is_seen = torch.compiler.is_dynamo_compiling() or not is_recording()
+    is_needed = is_seen and is_emulated(_cast_dtype(hidden_states), hidden_states.device)
     return _InFloat32() if is_needed else nullcontext()
 
 

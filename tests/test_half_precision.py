@@ -161,13 +161,25 @@ def test_quantised_tensors_and_float64_are_left_alone(monkeypatch):
 
 
 def test_in_half_precision_it_compiles_and_exports_in_one_graph(monkeypatch):
-    """Pins a question to the processor inside a graph, which would break it."""
+    """Pins a question to the processor inside a graph, and a compiled model that is emulated where ours is not."""
     monkeypatch.setattr(base, "EMULATED", [torch.bfloat16])
     model = DeepSeekOCRVisionModel(tiny_config()).bfloat16().eval()
     page = pixels(1, 128, 128).bfloat16()
+    seen = []
+
+    def record(graph, inputs):
+        seen.extend(
+            each.meta["example_value"].dtype
+            for node in graph.graph.nodes
+            if node.target in (F.linear, F.conv2d, F.scaled_dot_product_attention)
+            for each in node.all_input_nodes
+        )
+        return graph.forward
+
     with torch.no_grad():
         expected = model(page).last_hidden_state
-        compiled = torch.compile(model, backend="eager", fullgraph=True)(page).last_hidden_state
+        compiled = torch.compile(model, backend=record, fullgraph=True)(page).last_hidden_state
         exported = torch.export.export(model, (page,)).module()(page).last_hidden_state
+    assert set(seen) == {torch.float32}
     for tokens in (compiled, exported):
         assert (tokens - expected).float().norm() < 0.05 * expected.float().norm()
