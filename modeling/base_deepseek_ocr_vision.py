@@ -23,7 +23,8 @@ PIECE_TOKENS = 2048
 
 # What a processor has to have, by the names of `torch.cpu.get_capabilities()`, to multiply in half precision.
 _HALF_PRODUCTS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
-_PRODUCTS = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.einsum, torch.Tensor.matmul}
+_PRODUCTS = (F.linear, F.conv2d, F.scaled_dot_product_attention, torch.einsum, torch.Tensor.matmul)
+_IN_GRAPHS = torch.__version__ >= "2.14"  # whether graphs take a mode: those of 2.6 do not, others were not tried
 
 
 class DeepSeekOCRVisionPreTrainedModel(PreTrainedModel):
@@ -153,16 +154,14 @@ class _InFloat32(TorchFunctionMode):
 
 
 def _cast_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype of a tensor's products on a CPU; autocast leaves float64 alone."""
-    is_cast = torch.is_autocast_enabled("cpu") and tensor.dtype != torch.float64
+    is_cast = torch.is_autocast_enabled("cpu") and tensor.dtype != torch.float64  # which autocast leaves alone
     return torch.get_autocast_dtype("cpu") if is_cast else tensor.dtype
 
 
 def never_emulated(hidden_states: torch.Tensor) -> AbstractContextManager:
     """A context for layers that read a tensor, in which nothing is emulated. Files for other machines have none."""
-    is_seen = torch.compiler.is_dynamo_compiling() or not is_recording()
-    is_needed = is_seen and is_emulated(_cast_dtype(hidden_states), hidden_states.device)
-    return _InFloat32() if is_needed else nullcontext()
+    seen = not is_recording() or (_IN_GRAPHS and torch.compiler.is_dynamo_compiling())
+    return _InFloat32() if seen and is_emulated(_cast_dtype(hidden_states), hidden_states.device) else nullcontext()
 
 
 def is_recording() -> bool:
