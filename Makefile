@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 VERSIONS := $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint constraints.txt)
 
+# Hundreds of processes start in the tests, and each would compile anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help finetune test test-demo test-official test-versions coverage lint format docs bench constraints clean
 
 help:

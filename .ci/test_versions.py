@@ -11,7 +11,6 @@ is an error with --strict alone.
 import argparse
 import configparser
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -46,7 +45,6 @@ SUBSET = (
     "tests/test_saving_and_loading.py",
 )
 FINETUNE = ("examples/finetune.py", "--max_steps", "20", "--num_held_out_pages", "20", "--overwrite", "true")
-COMPILING = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 README_BLOCK = re.compile(r"(<!-- make test-versions writes this -->\n).*?(<!-- up to here -->)", re.DOTALL)
 
 
@@ -106,7 +104,7 @@ def install(name: str, torch: str) -> Path:
     constraints = folder / "constraints.txt"
     constraints.write_text("".join(f"{each}=={version}\n" for each, version in constraints_of(name, torch).items()))
     python = folder / "bin" / "python"
-    # Python compiles what is imported; to compile all of torch beforehand takes minutes.
+    # Python compiles what is imported, once, as make lets it; to compile all of torch beforehand takes minutes.
     command = ("-m", "pip", "install", "--quiet", "--no-compile", "--constraint", str(constraints))
     run(python, *command, *TEST_PACKAGES, "--editable", f".[{','.join(EXTRAS)}]")
     return python
@@ -116,7 +114,7 @@ def run(python: Path, *arguments: str) -> None:
     """Run a command of an environment; an exit code other than 0 is a `CalledProcessError`."""
     sys.stdout.write(f"$ {shlex.join([str(python), *arguments])}\n")
     sys.stdout.flush()
-    subprocess.run([python, *arguments], cwd=ROOT, check=True, env=COMPILING)
+    subprocess.run([python, *arguments], cwd=ROOT, check=True)
 
 
 def installed_versions(python: Path) -> dict[str, str]:

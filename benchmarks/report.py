@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import DEEPSEEK_OCR_ENCODER, ROWS, UNLIMITED_OCR, Result
+from benchmarks.rows import DEEPSEEK_OCR_ENCODER, ROWS, UNLIMITED_OCR
 
 
 Results = dict[str, dict[str, Any]]
@@ -187,7 +187,9 @@ def update_docs(folder: Path, results: Results) -> None:
         folder: With `performance.md`, and `benchmarks.json` and `benchmarks-emulated.json` if they are there.
         results: What was measured now, on one machine.
     """
-    (kind,) = {_kind(result) for result in results.values()}
+    # A row that failed before its process was ready knows nothing of the machine.
+    machines = [result["environment"]["machine"] for result in results.values()]
+    kind = EMULATED if any("bfloat16" in machine.get("emulated", ()) for machine in machines) else ""
     stored = folder / f"benchmarks{kind}.json"
     earlier: Results = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
     whole = {name for name, result in results.items() if "error" not in result and not result.get("interrupted")}
@@ -201,10 +203,6 @@ def update_docs(folder: Path, results: Results) -> None:
     write_json(stored, merged)
     page.write_text(text, encoding="utf-8")
     draw_chart(merged, folder / f"benchmarks{kind}.png")
-
-
-def _kind(result: Result) -> str:
-    return EMULATED if "bfloat16" in result["environment"]["machine"].get("emulated", ()) else ""
 
 
 # Chart

@@ -138,7 +138,7 @@ class Bench:
     def ready(self, worker: Worker) -> dict[str, Any]:
         """Wait until a process is ready, and remember the machine that it runs on."""
         about = worker.ready()
-        self.machine = {name: about[name] for name in ("threads", "device", "emulated") if name in about}
+        self.machine = {name: about[name] for name in ("threads", "device", "emulated")}
         return about
 
     def peak(self, job: Job) -> dict[str, float]:

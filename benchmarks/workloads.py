@@ -57,7 +57,8 @@ class Workload:
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         torch.manual_seed(job.seed)
-        about: dict[str, Any] = {"threads": torch.get_num_threads()}
+        emulated = [name for name in HALVES if is_emulated(getattr(torch, name), torch.device(job.device))]
+        about: dict[str, Any] = {"threads": torch.get_num_threads(), "emulated": emulated}
         if job.subject != "preprocessing":
             self.model = MODELS[job.subject](job)
         if isinstance(self.model, nn.Module):
@@ -70,8 +71,7 @@ class Workload:
             self.built = torch.cuda.memory_allocated()
             return about | {"device": torch.cuda.get_device_name()}
         self.built = resident_memory()
-        emulated = [name for name in HALVES if is_emulated(getattr(torch, name), torch.device(job.device))]
-        return about | {"device": torch.backends.cpu.get_cpu_capability(), "emulated": emulated}
+        return about | {"device": torch.backends.cpu.get_cpu_capability()}
 
     def _prepare_training(self) -> int:
         job, model = self.job, self.model

@@ -21,8 +21,7 @@ class Mode:
 
     Attributes:
         size: Side in pixels of the page that an image becomes.
-        tile_size: Side in pixels of the tiles that an image larger than one of them is cut into besides; `None`
-            where there is only the page.
+        tile_size: Side in pixels of the tiles that an image larger than one is cut into besides; `None` for none.
     """
 
     size: int

@@ -1,6 +1,5 @@
-"""What the whole encoder and its two stages share: how transformers treats them, how new weights are initialised,
-position tables, the MLP of a layer, and in which dtype layers compute where a CPU would emulate theirs.
-"""
+"""What the whole encoder and its stages share: how transformers treats them, how new weights are initialised, position
+tables, the MLP of a layer, and in which dtype layers compute where a CPU would emulate theirs."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -144,13 +143,18 @@ class _InFloat32(TorchFunctionMode):
     """Computes products in half precision in float32 and rounds, whatever layer asks; but not of quantised tensors."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        tensors = [each for each in args if isinstance(each, torch.Tensor)] if function in _PRODUCTS else []
+        options, given = kwargs or {}, (*args, *(kwargs or {}).values())
+        tensors = [each for each in given if isinstance(each, torch.Tensor)] if function in _PRODUCTS else []
         dtype = _cast_dtype(tensors[0]) if tensors else torch.float32
         if dtype not in EMULATED or any(type(each) not in (torch.Tensor, nn.Parameter) for each in tensors):
-            return function(*args, **(kwargs or {}))
+            return function(*args, **options)
         with torch.autocast("cpu", enabled=False):
-            args = tuple(each.float() if isinstance(each, torch.Tensor) else each for each in args)
-            return function(*args, **(kwargs or {})).to(dtype)
+            options = {name: _in_float32(each) for name, each in options.items()}
+            return function(*map(_in_float32, args), **options).to(dtype)
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _cast_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..configuration.checks_deepseek_ocr_vision import require_integer, require_whole_tokens
 from ..configuration.configuration_deepseek_ocr_vision import DeepSeekOCRVisionConfig
 from ..configuration.presets_deepseek_ocr_vision import ModeName
-from .base_deepseek_ocr_vision import LayerGroups, input_device, keep_rng_state
+from .base_deepseek_ocr_vision import LayerGroups, input_device, keep_rng_state, never_emulated
 from .clip_deepseek_ocr_vision import ClipEncoder
 from .loading_deepseek_ocr_vision import CheckpointMixin
 from .sam_deepseek_ocr_vision import SamEncoder
@@ -45,7 +45,8 @@ class Projector(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:  # [B, N, 2048] -> [B, N, 1280]
         # Quantised layers may hold no weights of a floating-point dtype.
         dtypes = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
-        return self.layers(features.to(next(dtypes, features.dtype)))
+        with never_emulated(features):
+            return self.layers(features.to(next(dtypes, features.dtype)))
 
 
 class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):

@@ -96,9 +96,7 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
             places = f"on {pixel_values.device} and the model on {self.pos_embed.device}"
             raise ValueError(f"`pixel_values` is {places}; tensors on the meta device have a shape and no values.")
         if not is_recording() and is_emulated(self.dtype, pixel_values.device):
-            logger.warning_once(
-                f"This CPU emulates {self.dtype}: layers convert to float32, which `model.float()` saves."
-            )
+            logger.warning_once(f"This CPU has no {self.dtype} products; `model.float()` saves converting to float32.")
         if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
             # Counting to them fixes sizes: torch 2.14's Inductor has no backward pass for tables resized to open ones.
             [*range(pixel_values.shape[-2]), *range(pixel_values.shape[-1])]

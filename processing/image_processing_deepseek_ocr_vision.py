@@ -175,9 +175,8 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         self.do_resize = require_flag("do_resize", do_resize)
         self.size, self.tile_size = _sizes(preset=preset, mode=mode, size=size, tile_size=tile_size)
         self.max_patches = require_integer("max_patches", max_patches, at_least=MIN_TILES)
-        self.resample = require_choice(
-            "resample", require_integer("resample", resample), [*map(int, Image.Resampling)]
-        )
+        filters = [int(filter_) for filter_ in Image.Resampling]
+        self.resample = require_choice("resample", require_integer("resample", resample), filters)
         self.do_pad = None if do_pad is None else require_flag("do_pad", do_pad)
         self.do_rescale = require_flag("do_rescale", do_rescale)
         self.rescale_factor = require_number("rescale_factor", rescale_factor)

@@ -140,6 +140,45 @@ def test_nothing_is_emulated(monkeypatch, implementation, by_autocast, is_emulat
             assert (parameter.grad - gradients[name]).norm() < 0.2 * gradients[name].norm(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
+def test_products_by_keyword_are_not_emulated_either(monkeypatch, dtype):
+    """Pins adapters and registered attention that name a bias or a mask, which would stay in half precision."""
+    monkeypatch.setattr(base, "EMULATED", [torch.bfloat16])
+    tokens, weight = torch.randn(1, 2, 4, 4).bfloat16(), torch.randn(4, 4).bfloat16()
+    mask = torch.tensor([[1, 0, 0, 0]] * 4).to(dtype)
+    expected = F.scaled_dot_product_attention(
+        tokens.float(), tokens.float(), tokens.float(), mask if dtype is torch.bool else mask.float()
+    )
+    with base.never_emulated(tokens), ProductDtypes() as dtypes:
+        attended = F.scaled_dot_product_attention(tokens, key=tokens, value=tokens, attn_mask=mask)
+        mapped = F.linear(input=tokens, weight=weight, bias=weight[0])
+        mixed = F.linear(tokens, weight, bias=weight[0])
+    assert torch.equal(attended, expected.bfloat16())
+    assert torch.equal(mapped, mixed)
+    assert mapped.dtype == torch.bfloat16
+    assert torch.bfloat16 not in dtypes.seen
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_what_checkpointing_computes_again_is_not_emulated_either(monkeypatch, use_reentrant):
+    """Pins layers that are computed again outside of the encoder's context, to tensors of another dtype."""
+    monkeypatch.setattr(base, "EMULATED", [torch.bfloat16])
+    torch.manual_seed(0)
+    model = DeepSeekOCRVisionModel(tiny_config(feature_mode="projected")).bfloat16().train()
+    page = pixels(1, 128, 128)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        with ProductDtypes() as dtypes:
+            model(page).last_hidden_state.float().square().mean().backward()
+        assert torch.bfloat16 not in dtypes.seen
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert all(map(torch.equal, gradients(), expected))
+
+
 def test_quantised_tensors_and_float64_are_left_alone(monkeypatch):
     """Pins weights that would lose their class, and gradients that would be rounded to float32 on their way."""
     monkeypatch.setattr(base, "EMULATED", [torch.bfloat16])
