@@ -5,10 +5,11 @@
 PYTHON ?= python3
 VENV := .venv$(if $(LATEST),-latest)
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet
+# Python compiles what is imported, once; to compile all of torch beforehand takes half of the time.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 VERSIONS := $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint constraints.txt)
 
-# Hundreds of processes start in the tests, and each would compile anew.
+# Hundreds of processes start in the tests, and each would compile anew what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help finetune test test-demo test-official test-versions coverage lint format docs bench constraints clean

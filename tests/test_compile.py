@@ -34,6 +34,18 @@ def test_without_gradients_two_compiled_graphs_at_most_serve_pages_of_ten_sizes(
     assert len(graphs) <= 2
 
 
+def test_compiled_in_one_graph_it_gives_the_same_tokens_and_gradients():
+    """Pins what Inductor makes of it, forward and backward."""
+    model = small_model().train()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    expected, actual = (run(pixels()).last_hidden_state for run in (model, compiled))
+    gradients = [torch.autograd.grad(t.square().sum(), list(model.parameters())) for t in (expected, actual)]
+    assert relative_error(actual, expected) < 1e-4
+    for of_eager, of_compiled in zip(*gradients, strict=True):
+        assert relative_error(of_compiled, of_eager) < 1e-3
+
+
 def test_compiled_training_goes_on_with_pages_of_another_size():
     """Pins PyTorch 2.14's missing backward pass for a table that is resized to an open size.
 
