@@ -20,14 +20,13 @@ by rounding only:
   logit is a plain dot product, [scaling * q, rel_h, rel_w] . [k, onehot(i), onehot(j)], which flash kernels take.
 - `"sdpa_masked"`: the bias as a tensor, handed to SDPA as its mask.
 
-`"sdpa"` is the second of them on a GPU; on a CPU it is the first, and the third where a graph is compiled, exported or
-traced. Named there, the first is one operator in a compiled or exported graph. `"eager"` and functions registered with
-transformers' `AttentionInterface` get the bias as a tensor too. The CLIP stage has no bias; there all three names mean
-SDPA.
+`"sdpa"` is the second of them on a GPU; on a CPU the first, which is one operator where a graph is compiled, and the
+third where it is exported or traced. `"eager"` and functions registered with transformers' `AttentionInterface` get
+the bias as a tensor too. The CLIP stage has no bias; there all three names mean SDPA.
 
-In half precision, query, key, value, rel_h, rel_w, the weights and the output are rounded, as in the original
-code; logits, the softmax, and sums over keys, blocks and windows are in float32. Where a CPU multiplies in half
-precision, its products round the logits, so about the largest of each query is taken off first.
+In half precision, query, key, value, rel_h, rel_w, the weights and the output are rounded, as in the original code;
+logits, the softmax, and sums over keys, blocks and windows are in float32. Where a CPU multiplies in half precision,
+its products round the logits, so about the largest of each query is taken off first.
 """
 
 import re
@@ -610,16 +609,16 @@ def _operator_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tenso
     return *gradients, None, None
 
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)  # which torch 2.6 does not tell
 _blockwise_operator.register_autograd(_operator_backward, setup_context=_save_for_gradients)
 
 
 def _formulation(name: str, device: torch.device) -> str:
     """What `"sdpa"` means for attention with relative positions."""
-    if name != "sdpa":
-        return name
-    if device.type not in ("cpu", "meta"):
-        return "sdpa_folded"
-    return "sdpa_masked" if is_recording() or device.type == "meta" else "blockwise"
+    if name != "sdpa" or device.type not in ("cpu", "meta"):
+        return "sdpa_folded" if name == "sdpa" else name
+    is_compiled = torch.compiler.is_dynamo_compiling() and not _is_exporting()
+    return "sdpa_masked" if device.type == "meta" or (is_recording() and not is_compiled) else "blockwise"
 
 
 class SamAttention(nn.Module):

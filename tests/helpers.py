@@ -81,6 +81,28 @@ def golden_weight(key: str, shape: tuple[int, ...], *, salt: str = "") -> torch.
     return torch.from_numpy(weight)
 
 
+def golden_features(golden: dict[str, torch.Tensor], model: DeepSeekOCRVisionModel, side: int) -> torch.Tensor:
+    """Features [N, C] of the golden pixels, by a model wherever it is, whose gradients have to be the golden ones."""
+    pixel_values = golden_pixels(side).to(model.device).requires_grad_()
+    features = model(pixel_values).last_hidden_state
+    generator = np.random.Generator(np.random.PCG64(7))
+    weighting = torch.from_numpy(generator.standard_normal(tuple(features.shape), dtype=np.float32))
+    (features * weighting.to(model.device)).mean().backward()
+
+    prefix = f"{model.config.feature_mode}_{side}_grad_"
+    gradient = pixel_values.grad.cpu()
+    assert gradient.norm().item() == pytest.approx(golden[prefix + "pixel_norm"].item(), rel=GRADIENT_TOLERANCE)
+    assert relative_error(gradient[0, :, 100:132, 200:232], golden[prefix + "pixels_crop"]) < GRADIENT_TOLERANCE
+    names = [key.removeprefix(f"{prefix}norm.") for key in golden if key.startswith(f"{prefix}norm.")]
+    assert len(names) >= 12
+    for name in names:
+        gradient = model.get_parameter(name).grad.cpu()
+        expected_norm = golden[f"{prefix}norm.{name}"].item()
+        assert gradient.norm().item() == pytest.approx(expected_norm, rel=GRADIENT_TOLERANCE), name
+        assert relative_error(gradient.flatten()[:256], golden[f"{prefix}head.{name}"]) < GRADIENT_TOLERANCE, name
+    return features.detach()[0].cpu()
+
+
 def run_python(code: str, *, package_installed: bool = True, **environment: str) -> str:
     """Run code in a fresh interpreter, offline, and return what it writes; fail with its errors if it fails.
 

@@ -5,14 +5,23 @@ An operation that mixes devices or dtypes, or that asks for a value on the host,
 
 import pytest
 import torch
-from helpers import EVERY_FEATURE_MODE, pixels, relative_error, tiny_config
+from helpers import (
+    EVERY_FEATURE_MODE,
+    GRADIENT_TOLERANCE,
+    TOLERANCE,
+    golden_features,
+    needs_golden,
+    pixels,
+    relative_error,
+    tiny_config,
+)
 from packaging import version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
-from deepseek_ocr_vision import DeepSeekOCRVisionModel
-from deepseek_ocr_vision.modeling.attention_deepseek_ocr_vision import fold_bias, kernel_filling
+from deepseek_ocr_vision import DeepSeekOCRVisionConfig, DeepSeekOCRVisionModel
+from deepseek_ocr_vision.modeling.attention_deepseek_ocr_vision import SamAttention, fold_bias, kernel_filling
 
 
 pytestmark = pytest.mark.skipif(
@@ -138,12 +147,88 @@ def test_what_is_filled_up_changes_no_logit(filling):
     torch.testing.assert_close(torch.einsum("gstd,gnd->gstn", query, key), expected.flatten(-2))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_on_a_real_accelerator_the_tokens_are_those_of_the_cpu():
-    """Pins the folded attention on real kernels, against the blocks of a CPU."""
-    model = DeepSeekOCRVisionModel(tiny_config()).eval()
-    page = pixels(1, 512, 512)
-    with torch.no_grad():
-        expected = model(page).last_hidden_state
-        actual = model.to("cuda")(page.to("cuda")).last_hidden_state
-    assert relative_error(actual.cpu(), expected) < 1e-3
+# On a real one
+
+
+DEVICE = torch.device("cuda")
+needs_accelerator = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.fixture
+def exact_products(monkeypatch):
+    """Convolutions in float32, and not in the 10 bits of TF32, which cuDNN takes by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@needs_accelerator
+@needs_golden
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "sdpa_masked"])
+def test_on_an_accelerator_features_and_gradients_are_the_golden_ones(
+    exact_products, golden, golden_model, implementation
+):
+    """Pins fused kernels, and what they are handed, by the numbers that hold on a CPU."""
+    model = golden_model("concat").to(DEVICE)
+    model.set_attn_implementation(implementation)
+    expected = torch.cat([golden["clip_512"][1:], golden["sam_512"]], dim=-1)
+    assert relative_error(golden_features(golden, model, 512), expected) < TOLERANCE[torch.float32]
+
+
+def trained_step(model: DeepSeekOCRVisionModel, run, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and the gradient of the first of all weights."""
+    tokens = run(page).last_hidden_state
+    tokens.float().square().mean().backward()
+    return tokens.detach().clone(), model.sam_model.pos_embed.grad.clone()
+
+
+@needs_accelerator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_an_accelerator_a_compiled_model_trains_as_it_does_without(exact_products, dtype):
+    """Pins Inductor's kernels around the folded attention, forward and backward."""
+    model = DeepSeekOCRVisionModel(tiny_config()).to(DEVICE, dtype).train()
+    page = pixels(2, 128, 192).to(DEVICE, dtype)
+    expected = trained_step(model, model, page)
+    model.zero_grad()
+    torch.compiler.reset()
+    actual = trained_step(model, torch.compile(model, fullgraph=True), page)
+    for of_compiled, of_eager in zip(actual, expected, strict=True):
+        assert relative_error(of_compiled, of_eager) < max(TOLERANCE[dtype], GRADIENT_TOLERANCE)
+
+
+@needs_accelerator
+def test_a_cuda_graph_of_a_training_step_replays_it_for_other_pages(exact_products):
+    """Pins values that the host asks for, and activations that are computed again, while a graph is recorded."""
+    model = DeepSeekOCRVisionModel(tiny_config()).to(DEVICE).train()
+    page = pixels(1, 128, 128).to(DEVICE)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels are chosen and gradients made before a graph is recorded
+        trained_step(model, model, page)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    model.zero_grad(set_to_none=False)
+    with torch.cuda.graph(graph):
+        recorded = trained_step(model, model, page)
+    other = torch.randn_like(page)
+    page.copy_(other)
+    model.zero_grad(set_to_none=False)
+    graph.replay()
+    recorded = [each.clone() for each in recorded]
+    model.zero_grad()
+    for of_graph, of_eager in zip(recorded, trained_step(model, model, other), strict=True):
+        assert relative_error(of_graph, of_eager) < GRADIENT_TOLERANCE
+
+
+@needs_accelerator
+def test_a_global_layer_keeps_no_bias_for_the_backward_pass():
+    """Pins four times as much memory: the bias of a page of 1024 x 1024 has 384 MiB in half precision."""
+    config = DeepSeekOCRVisionConfig().sam_config
+    layer = SamAttention(config, table_size=64).to(DEVICE, torch.bfloat16)
+    hidden_states = torch.randn(1, 64, 64, config.hidden_size, device=DEVICE, dtype=torch.bfloat16)
+    kept = {}
+    for name in ("sdpa", "sdpa_masked"):
+        layer.config._attn_implementation = name
+        before = torch.cuda.memory_allocated()
+        output = layer(hidden_states)
+        kept[name] = torch.cuda.memory_allocated() - before
+        del output
+    assert kept["sdpa"] < kept["sdpa_masked"] / 3
