@@ -609,8 +609,8 @@ def _operator_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tenso
     return *gradients, None, None
 
 
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)  # which torch 2.6 does not tell
 _blockwise_operator.register_autograd(_operator_backward, setup_context=_save_for_gradients)
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)  # which torch 2.6 does not tell
 
 
 def _formulation(name: str, device: torch.device) -> str:
