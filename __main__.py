@@ -175,7 +175,7 @@ def export(options: argparse.Namespace) -> int:
     """
     compare_checksums(options.model)
     model, image_processor = load_encoder(options.model, **_chosen(options, "feature_mode", "dtype"))
-    size = None if options.size is None else tuple(options.size) if len(options.size) == 2 else options.size[0]
+    size = options.size[0] if options.size and len(options.size) == 1 else options.size
     choices = _chosen(options, "format", "dynamic", "raw_images") | {"size": size, "image_processor": image_processor}
     result = export_encoder(model, options.out, **choices)
     memory = "" if result.peak_bytes is None else f", with {result.peak_bytes / 1e9:.1f} GB of memory"

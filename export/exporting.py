@@ -175,7 +175,8 @@ def export_encoder(
                 f"{difference:.1e} of the standard deviation, and {tolerance:.0e} is allowed. {file} was not written."
             )
         export = Export(file, file.with_name(f"{file.name}.json"), difference, tolerance, **measured)
-        describe = partial(_describe, model, batches[0], expected[0], image_processor)
+        preprocessing = _preprocessing(image_processor, None if dynamic else (height, width), raw_images=raw_images)
+        describe = partial(_describe, model, batches[0], expected[0], preprocessing)
         description = describe(format=format, dynamic=dynamic) | _plain(export)
         (folder / export.description.name).write_text(json.dumps(description, indent=2) + "\n")
         # The file itself last: it is complete when it is there.
@@ -205,11 +206,13 @@ def _check_arguments(
 
 def _page_size(model: DeepSeekOCRVisionModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
     size = model.config.image_size if size is None else size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    for side in (height, width):
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"`size` is {size}; it has to be the side of a square page, or its height and width.")
+    for side in sides:
         if require_integer("size", side, at_least=1) % model.config.patch_size:
             raise ValueError(f"`size` is {size}; height and width have to be multiples of {model.config.patch_size}.")
-    return height, width
+    return sides[0], sides[1]
 
 
 def _random_input(
@@ -220,6 +223,18 @@ def _random_input(
         return torch.randint(0, 256, (batch_size, height, width, 3), generator=draw, dtype=torch.uint8)
     channels = model.config.num_channels
     return torch.randn(batch_size, channels, height, width, generator=draw).to(model.dtype)
+
+
+def _preprocessing(
+    image_processor: DeepSeekOCRVisionImageProcessor, size: tuple[int, int] | None, *, raw_images: bool
+) -> dict[str, Any]:
+    """The fields of what prepares pages for the file: of its size, if it has one, and without tiles."""
+    fields: dict[str, Any] = {"tile_size": None}
+    if size is not None:
+        fields["size"] = {"height": size[0], "width": size[1]}
+    if raw_images:
+        fields |= {"do_rescale": False, "do_normalize": False}
+    return type(image_processor).from_dict(image_processor.to_dict(), **fields).to_dict()
 
 
 @contextmanager
@@ -325,7 +340,7 @@ def _describe(
     model: DeepSeekOCRVisionModel,
     batch: torch.Tensor,
     tokens: torch.Tensor,
-    image_processor: DeepSeekOCRVisionImageProcessor,
+    preprocessing: dict[str, Any],
     *,
     format: Format,
     dynamic: bool,
@@ -344,7 +359,7 @@ def _describe(
         "feature_mode": model.config.feature_mode,
         "inputs": [described(_INPUT, batch, _page_dims(batch)) | ({"height_and_width": sides} if dynamic else {})],
         "outputs": [described(_OUTPUT, tokens, {1: "tokens"})],
-        "preprocessing": image_processor.to_dict(),
+        "preprocessing": preprocessing,
         "versions": {name: version(name) for name in ("torch", *_PACKAGES[format])},
     }
 

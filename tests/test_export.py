@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import pixels, relative_error, tiny_config
+from PIL import Image
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 from deepseek_ocr_vision.__main__ import main
@@ -44,6 +45,21 @@ def test_the_command_writes_a_file_that_gives_the_model_s_tokens_and_says_how_to
     assert description["outputs"][0]["shape"] == ["batch", 2, model.config.hidden_size]
     assert description["preprocessing"]["image_mean"] == DeepSeekOCRVisionImageProcessor().image_mean
     assert description["check"]["difference"] <= description["check"]["tolerance"] == 1e-4
+
+
+@pytest.mark.parametrize("raw_images", [False, True])
+def test_pages_prepared_as_its_description_says_are_what_the_file_takes(raw_images, tmp_path):
+    """Pins a file for 64 x 128 whose description named pages of 1024 x 1024, tiles, and normalising twice."""
+    model, page = model_of(), Image.effect_mandelbrot((90, 120), (-2, -1, 1, 1), 20).convert("RGB")
+    prepares = DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="gundam")
+    options = {"size": (64, 128), "raw_images": raw_images, "image_processor": prepares}
+    result = export_encoder(model, tmp_path / "encoder.pt2", format="pt2", **options)
+    fields = json.loads(result.description.read_text())["preprocessing"]
+    layout = {"data_format": "channels_last"} if raw_images else {}
+    batch = DeepSeekOCRVisionImageProcessor.from_dict(fields)(page, return_tensors="pt", **layout)["pixel_values"]
+    tokens = torch.export.load(result.file).module()(batch.to(torch.uint8) if raw_images else batch)
+    expected = prepares(page, return_tensors="pt", tile_size=None, size={"height": 64, "width": 128})
+    assert relative_error(tokens, model(**expected).last_hidden_state) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -144,6 +160,7 @@ def test_a_file_that_gives_other_tokens_is_not_left_behind_and_the_model_is_as_b
         ({"file": "encoder.onnx"}, r"'encoder\.onnx'.*'\.pt2'"),
         ({"size": 100}, r"`size` is 100.*multiples of 64"),
         ({"size": (64, 0)}, "`size`"),
+        ({"size": (64, 128, 64)}, r"`size` is \(64, 128, 64\).*height and width"),
         ({"dynamic": True, "size": 64}, r"`dynamic`.*`size`"),
         ({"dynamic": True, "format": "openvino", "file": "encoder.xml"}, r"`dynamic`.*'openvino'.*'pt2'"),
         ({"model": model_of().bfloat16()}, r"bfloat16.*float32 or float16"),
