@@ -65,7 +65,7 @@ def load_whole(model_class: Any, source: str | os.PathLike, *, dtype: str | torc
     """What `DeepSeekOCRForConditionalGeneration.from_deepseek_ocr` says."""
     hub_options = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
     checkpoint = open_local(local_checkpoint(source, "source", patterns=_NEEDED_FILES, **hub_options))
-    compare_checksums(checkpoint.folder)
+    compare_checksums(checkpoint.folder, allow_missing=not os.path.exists(source))
     stated = {"image_token_id": image_token_of(checkpoint.folder)} | fields_of_config(checkpoint.config)
     fields = {name: value for name, value in stated.items() if value is not None} | options
     config = _config_for(model_class, fields, checkpoint)

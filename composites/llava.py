@@ -2,6 +2,7 @@
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,11 @@ def build_llava(
 ) -> "tuple[LlavaForConditionalGeneration, LlavaProcessor]":
     """Build a LLaVA around an encoder: the model, and the processor with its chat template.
 
-    What a composite needs of the encoder is set: its last hidden state, without a class token to drop, and 64 pixels
-    a token. The projector is newly initialised. The language model keeps its chat template, extended to hold images if
-    it could not; where it has none, a turn is a line, `user: ...` or `assistant: ...`, and the end-of-sequence token
-    ends what the assistant says.
+    What a composite needs of the encoder is set: its last hidden state, without a class token to drop, 64 pixels a
+    token, and how many special tokens the feature mode `"sequence"` adds. Pages come without tiles, of which LLaVA
+    knows nothing. The projector is newly initialised. The language model keeps its chat template, extended to hold
+    images if it could not; where it has none, a turn is a line, `user: ...` or `assistant: ...`, and the
+    end-of-sequence token ends what the assistant says.
 
     Args:
         encoder: Checkpoint of the encoder (folder or Hub id). Without it, a small new one of about 1 M parameters.
@@ -136,11 +138,13 @@ def build_processor(
     tokenizer.chat_template = chat_template(tokenizer)
     config = encoder_config(encoder, page_size=page_size)
     image_processor = build_image_processor(encoder, config, size=page_size or config.image_size)
+    count = partial(image_processor.num_image_tokens, *image_processor.size.values())
     return transformers.LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=config.patch_size,
         vision_feature_select_strategy="full",
+        num_additional_image_tokens=count(feature_mode=config.feature_mode) - count(),
         chat_template=tokenizer.chat_template,
         image_token=IMAGE_TOKEN,
     )
@@ -177,10 +181,10 @@ def holds_images(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
 def build_image_processor(
     encoder: str | None, config: DeepSeekOCRVisionConfig, *, size: int
 ) -> DeepSeekOCRVisionImageProcessor:
-    """The image processor saved with the encoder; where there is none, the one that goes with its feature mode."""
+    """The image processor saved with the encoder, less tiles; without one, that which goes with its feature mode."""
     if encoder is not None:
         try:
-            return DeepSeekOCRVisionImageProcessor.from_pretrained(encoder, size=size)
+            return DeepSeekOCRVisionImageProcessor.from_pretrained(encoder, size=size, tile_size=None)
         except OSError:
             logger.warning("%s holds no image processor; using the preset of its feature mode.", encoder)
     return default_image_processor(config, size=size)
@@ -211,11 +215,13 @@ def build_model(
     """
     size = processor.image_processor.size
     language_config = text_config(language_model, processor.tokenizer)
+    vision_config = encoder_config(encoder, page_size=size["height"])
+    num_image_tokens = processor.image_processor.num_image_tokens
     config = transformers.LlavaConfig(
-        vision_config=encoder_config(encoder, page_size=size["height"]),
+        vision_config=vision_config,
         text_config=language_config,
         image_token_index=processor.image_token_id,
-        image_seq_length=processor.image_processor.num_image_tokens(size["height"], size["width"]),
+        image_seq_length=num_image_tokens(*size.values(), feature_mode=vision_config.feature_mode),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         tie_word_embeddings=language_config.tie_word_embeddings,

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
+from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, ImageTextCollator
 from deepseek_ocr_vision.composites import build_processor
 from deepseek_ocr_vision.composites.small import byte_tokenizer
 
@@ -99,12 +99,29 @@ def test_what_a_composite_needs_of_the_encoder_is_set(tmp_path, capsys):
     assert f'processor = LlavaProcessor.from_pretrained("{tmp_path / "llava"}")' in written
 
 
-def test_the_image_processor_is_the_encoders_own(tmp_path):
-    """Pins an encoder that was trained on other colours than its mode's preset has."""
+def test_the_image_processor_is_the_encoders_own_less_its_tiles(tmp_path):
+    """Pins an encoder that was trained on other colours than its preset has, and tiles, which LLaVA drops."""
     encoder = save_encoder(tmp_path / "encoder")
-    DeepSeekOCRVisionImageProcessor("deepseek-ocr", size=192).save_pretrained(encoder)
-    _, processor = build(tmp_path / "llava", "--encoder", encoder)
+    DeepSeekOCRVisionImageProcessor("deepseek-ocr", mode="gundam").save_pretrained(encoder)
+    model, processor = build(tmp_path / "llava", "--encoder", encoder, "--page_size", "704")
     assert processor.image_processor.preset == "deepseek-ocr"
+    assert processor.image_processor.tile_size is None
+    assert model.config.image_seq_length == 11 * 11
+
+
+@pytest.mark.parametrize("page_size", [128, 192])
+def test_the_released_sequence_has_as_many_placeholders_as_tokens(tmp_path, page_size):
+    """Pins the tokens at the ends of rows: "Image features and image tokens do not match", also without images."""
+    encoder = save_encoder(tmp_path / "encoder", "sequence")
+    model, processor = build(tmp_path / "llava", "--encoder", encoder, "--page_size", str(page_size))
+    rows = page_size // 64
+    assert model.config.image_seq_length == rows * (rows + 1) + 1
+    samples = [{"prompt": "<image> and <image>", "answer": "a", "images": [Image.new("RGB", (300, 200))] * 2}]
+    for batch in (samples, [{"text": "no image"}]):
+        model.zero_grad()
+        model(**ImageTextCollator(processor)(batch)).loss.backward()
+        without = [name for name, each in model.model.vision_tower.named_parameters() if each.grad is None]
+        assert without == []
 
 
 @pytest.mark.parametrize(("dtype", "expected"), build_llava.DTYPES.items())

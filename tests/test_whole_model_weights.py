@@ -129,6 +129,22 @@ def test_a_changed_byte_is_found_by_the_checksums(released):
         DeepSeekOCRForConditionalGeneration.from_deepseek_ocr(released)
 
 
+def test_files_that_were_not_fetched_from_the_hub_are_no_reason_to_refuse_it(tmp_path, released, model):
+    """Pins a repository with checksums, of its code too: of that nothing is fetched."""
+    from deepseek_ocr_vision.saving.checksums import write_checksums
+
+    (released / "modeling_deepseekocr.py").write_text("...")
+    write_checksums(released)
+    (released / "modeling_deepseekocr.py").unlink()
+    repository = tmp_path / "cache" / "models--someone--reader"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    released.rename(repository / "snapshots" / ("0" * 40))
+    loaded = DeepSeekOCRForConditionalGeneration.from_deepseek_ocr("someone/reader", cache_dir=tmp_path / "cache")
+    assert_same_weights(loaded, model)
+
+
 def test_what_transformers_saves_of_unlimited_ocr_is_loaded(tmp_path, released, model):
     """Pins the other layout, with its own names of configuration fields and its window of attention."""
     theirs = UnlimitedOcrForConditionalGeneration(unlimited_config(model.config)).eval()

@@ -58,12 +58,12 @@ class ImageTextCollator:
         processor: A `LlavaProcessor`, or another one that is called with `images` and `text`, has an `image_token`,
             and gives `input_ids` and `attention_mask`.
         padding_side: Where shorter samples are filled up. Causal language models train the same either way.
-        touch_encoder: Whether a batch without any image gets a blank one, of a single token with this package's
-            image processor, whose placeholders stand behind the samples, masked like padding. Loss and gradients stay
-            the same, and every parameter of encoder and projector gets a gradient, of zeros. Processes that train
-            together need that: where one has images and another has none, they wait for each other or stop. If
-            false, such batches hold no `pixel_values`, and the optimizer leaves encoder and projector alone then; with
-            zeros AdamW still follows its momentum and its weight decay.
+        touch_encoder: Whether a batch without any image gets a blank one, as small as the processor can have it, whose
+            placeholders stand behind the samples, masked like padding. Loss and gradients stay the same, and every
+            parameter of encoder and projector gets a gradient, of zeros. Processes that train together need that:
+            where one has images and another has none, they wait for each other or stop. If false, such batches hold no
+            `pixel_values`, and the optimizer leaves encoder and projector alone then; with zeros AdamW still follows
+            its momentum and its weight decay.
 
     Raises:
         TypeError: The processor is none for images and text.
@@ -226,8 +226,10 @@ class ImageTextCollator:
         At the end and not on the side of the padding, so that no token's position changes.
         """
         blank = Image.new("RGB", (TOKEN_SIZE, TOKEN_SIZE), "white")
-        # A page as small as can be, where it is known that the encoder takes any size.
+        # A page as small as can be, where it is known that the encoder takes any size. How many special tokens a
+        # `LlavaProcessor` counts holds for its own size alone.
         takes_any_size = isinstance(self.processor.image_processor, DeepSeekOCRVisionImageProcessor)
+        takes_any_size &= not getattr(self.processor, "num_additional_image_tokens", 0)
         options = {"size": TOKEN_SIZE} if takes_any_size else {}
         (placeholders,), image_inputs = self._encode([self.processor.image_token], [blank], **options)
         num_rows = len(batch["input_ids"])

@@ -146,10 +146,10 @@ def _tensors(
     return tensors
 
 
-def compare_checksums(source: str | os.PathLike, *, required: bool = False) -> list[str]:
+def compare_checksums(source: str | os.PathLike, *, required: bool = False, allow_missing: bool = False) -> list[str]:
     """Compare a folder, or one file in it, with its `SHA256SUMS`, which need not be there unless they are required.
 
-    A Hub id is no path: of it nothing is compared.
+    A Hub id is no path: of it nothing is compared. What was fetched from there is, with `allow_missing`.
 
     Returns:
         The names of the files that were compared.
@@ -163,7 +163,7 @@ def compare_checksums(source: str | os.PathLike, *, required: bool = False) -> l
     if not required and not (path.exists() and (folder / CHECKSUMS).is_file()):
         return []
     if path.is_dir():
-        return verify_checksums(folder)
+        return verify_checksums(folder, allow_missing=allow_missing)
     digest = read_checksums(folder).get(path.name)
     if digest is None and required:
         raise FileNotFoundError(f"{folder / CHECKSUMS} has no sum for {path.name}.")
