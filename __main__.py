@@ -1,8 +1,8 @@
 """The command line: `deepseek-ocr-vision COMMAND`, or `python -m deepseek_ocr_vision COMMAND`.
 
-Thin over the package: `extract` is `from_deepseek_ocr`, `write-back` is `write_deepseek_ocr`, `show` is
-`visualize.draw_sheet`, `encode` is `encoding.encode_pages`, `read` is `composites.read_pages`, `export` is
-`export.export_encoder`, `upload` is `hub_upload`.
+Thin over the package: `extract` is `from_deepseek_ocr`, `write-back` is `write_deepseek_ocr`, `verify` is
+`weights.check_checkpoint`, `show` is `visualize.draw_sheet`, `encode` is `encoding.encode_pages`, `read` is
+`composites.read_pages`, `export` is `export.export_encoder`, `upload` is `hub_upload`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import 
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import MODES
 from deepseek_ocr_vision.encoding import encode_pages
 from deepseek_ocr_vision.encoding.encoder import printable
-from deepseek_ocr_vision.encoding.sources import close_documents, find_pages, open_page, page_of
+from deepseek_ocr_vision.encoding.sources import DPI, close_documents, find_pages, open_page, page_of
 from deepseek_ocr_vision.export import FORMATS, export_encoder
 from deepseek_ocr_vision.modeling.device import default_device
 from deepseek_ocr_vision.modeling.threads import fit_threads
@@ -32,7 +32,6 @@ from deepseek_ocr_vision.weights import atomic_write, check_checkpoint, compare_
 
 
 FAILED, SOME_FAILED, INTERRUPTED = 1, 3, 130
-DPI = 144  # pixels an inch that PDFs are rendered with
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = ("float32", "float16", "bfloat16", "int8", "none")
 _DTYPE_HELP = "to compute in (default: as stored, or float32 where the processor has no products in that)"
@@ -260,8 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepseek-ocr-vision",
-        description="The DeepSeek-OCR vision encoder: its weights out of a released checkpoint, back into one, and "
-        "onto the Hub, and what it sees on a page. Each command has its own --help.",
+        description="The DeepSeek-OCR vision encoder: its weights out of a released checkpoint, back into one, onto "
+        "the Hub and into other runtimes, what it sees on a page, and pages into tokens or text. Each command has its "
+        "own --help.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

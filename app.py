@@ -171,7 +171,7 @@ def show(encoder: Encoder, image: str | None, mode: str) -> tuple:
         view = _drawable(view)
         token = view.richest_token()
         page, neighbours, gradient, caption = images_of(view, token)
-        return view, token, page, view.pca().picture(), neighbours, gradient, caption, table
+        return view, token, page, view.pca().draw(), neighbours, gradient, caption, table
 
 
 def read(reader: Reader, image: str | None, mode: str, prompt: str) -> Iterator[str]:
@@ -217,7 +217,7 @@ def images_of(view: PageView, token: tuple[int, int]) -> tuple[Image.Image, Imag
     draw_frame(page, view.box(token))
     similarity = view.similarity(token)
     caption = describe(token, torch.from_numpy(similarity.values), view.on_page)
-    return page, similarity.picture(), view.pixel_gradient(token).picture(), caption
+    return page, similarity.draw(), view.pixel_gradient(token).draw(), caption
 
 
 def describe(token: tuple[int, int], similarity: torch.Tensor, on_page: torch.Tensor) -> str:

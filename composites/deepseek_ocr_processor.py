@@ -1,7 +1,7 @@
 """What the whole DeepSeek-OCR reads: pages in the modes tiny to gundam, with a prompt each.
 
-The released model has no chat template. Its input is the beginning-of-sequence token, the tokens of the image, and the
-prompt, `DeepSeek-OCR`'s own `infer` with the spaces at its ends taken off.
+The released model has no chat template. Its input is the beginning-of-sequence token and the prompt as it is given,
+with the tokens of the image in the place of `<image>`; `prompts.prompt_of` makes the prompts of the released `infer`.
 """
 
 import os

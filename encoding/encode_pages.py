@@ -25,7 +25,7 @@ from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import (
 from deepseek_ocr_vision.encoding.encoder import Encoder, Page
 from deepseek_ocr_vision.encoding.on_ray import encode_on_ray
 from deepseek_ocr_vision.encoding.processes import Failure, attempt, map_in_processes
-from deepseek_ocr_vision.encoding.sources import Prepare, close_documents, find_pages, find_pages_in
+from deepseek_ocr_vision.encoding.sources import DPI, Prepare, close_documents, find_pages, find_pages_in
 from deepseek_ocr_vision.encoding.table import ERRORS, STORED_TYPES, Problem, TokenTable, require_pyarrow
 
 
@@ -44,12 +44,13 @@ class Summary:
     Attributes:
         num_pages: Pages of the inputs that are stored now.
         num_new: How many of them this call computed.
-        problems: What could not be encoded, as in `errors.jsonl`.
+        problems: What could not be encoded.
         left_out: What was found in folders and is no image or document, and images of which the first frame alone was
             encoded; names by kind.
         seconds: How long it took.
         busy: Share of that time in [0, 1] in which an encoder computed. The rest is waiting for pages to be read and
             prepared, and writing.
+        errors: Name of the file of problems.
     """
 
     num_pages: int
@@ -58,6 +59,7 @@ class Summary:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     seconds: float = 0.0
     busy: float = 0.0
+    errors: str = ERRORS
 
     @property
     def pages_per_second(self) -> float:
@@ -74,7 +76,7 @@ class Summary:
         if self.num_new:
             parts.append(f"{self.pages_per_second:.1f} a second, the encoder at work {self.busy:.0%} of the time")
         if self.problems:
-            parts.append(f"{len(self.problems):,} could not be encoded, see errors.jsonl")
+            parts.append(f"{len(self.problems):,} could not be encoded, see {self.errors}")
         for kind, names in self.left_out.items():
             parts.append(f"left out {len(names):,} ({kind}): {list_some(names, most=3)}")
         return "; ".join(parts) + "."
@@ -91,7 +93,7 @@ def encode_pages(
     num_workers: int = 0,
     timeout: float | None = None,
     pages_per_file: int = 128,
-    dpi: float = 144,
+    dpi: float = DPI,
     split: str = "train",
     image_column: str = "image",
     shard: tuple[int, int] = (0, 1),
@@ -122,7 +124,7 @@ def encode_pages(
             has ten times as long.
         pages_per_file: Pages of a part, which is the most that is lost, beside those that are being prepared, when the
             process is killed.
-        dpi: Pixels an inch that the pages of PDFs are rendered with. DeepSeek's own code for PDFs has 144.
+        dpi: Pixels an inch that the pages of PDFs are rendered with.
         split: Of a dataset.
         image_column: Of a dataset: images, or paths of images.
         shard: Which share of the pages to encode, counted from 0, and of how many. Shares have about as many pages
@@ -170,7 +172,8 @@ def encode_pages(
         encode = partial(encode_on_ray, address=ray, num_encoders=num_encoders, gpus_per_encoder=gpus_per_encoder)
     prepare = Prepare(found.columns, image_processor, model.dtype, dpi)
     rows = write_parts(table, encode(encoder, prepare, missing.values(), **work), pages_per_file)
-    summary = Summary(len(pages) - len(missing), 0, found.problems if number == 0 else [], dict(found.left_out))
+    problems = found.problems if number == 0 else []
+    summary = Summary(len(pages) - len(missing), 0, problems, dict(found.left_out), errors=errors)
     with tqdm(total=len(pages), initial=summary.num_pages, unit="page", disable=not show_progress) as bar:
         _follow(rows, table, summary, bar, 1 if ray is None else num_encoders, on_progress)
     summary.num_pages = sum(page.id in table for page in pages)
@@ -278,7 +281,7 @@ class EncodePages:
         column: str = "path",
         tokens: str | None = None,
         batch_size: int = 1,
-        dpi: float = 144,
+        dpi: float = DPI,
         device: str | None = None,
     ):
         if isinstance(model, str | os.PathLike):

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import datasets
 
 
+DPI = 144
+"""Pixels an inch that the pages of PDFs are rendered with, as in DeepSeek's own code for PDFs."""
 _POINTS_PER_INCH = 72
 _NEW_SUBFILE_TYPE = 254  # a tag of TIFF
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
@@ -269,7 +271,7 @@ class Prepare:
     contents: Mapping[str, Column | bytes]
     image_processor: Any
     dtype: torch.dtype
-    dpi: float = 144
+    dpi: float = DPI
 
     def __call__(self, page: Page) -> Inputs:
         inputs = self.image_processor(open_page(page, self.contents, dpi=self.dpi), return_tensors="pt")

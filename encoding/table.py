@@ -230,7 +230,7 @@ class TokenTable:
             rows,
             buffer,
             row_group_size=max(1, _ROW_GROUP_BYTES * len(rows) // rows.nbytes),
-            # 16 bits have few values enough for a dictionary, which halves them; 32 bits do not.
+            # These have few values enough for a dictionary, which makes them smaller; float16 and float32 do not.
             use_dictionary=self.stored in ("bfloat16", "int8"),
             write_statistics=["id", "source", "page"],
         )

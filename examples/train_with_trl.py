@@ -1,6 +1,6 @@
 """Train a LLaVA with our encoder by TRL's `SFTTrainer`, as it is.
 
-    pip install 'deepseek-ocr-vision[trl]'
+    pip install '.[trl]'
     python examples/train_with_trl.py --data my_pages/ --encoder outputs/finetune/encoder --language_model smollm2 \\
         --lora true --output_dir outputs/trl --num_train_epochs 1
 

@@ -127,8 +127,8 @@ class CheckpointMixin(AtomicSavingMixin, DeepSeekOCRVisionPreTrainedModel):
                 not what its checksums say; the message names keys and shapes, or the file.
             OSError: It is not there or cannot be fetched; the message names the file, or status and repository.
         """
-        mode = require_preset(preset).feature_mode if feature_mode is None else feature_mode
-        return _weights().load_deepseek_ocr(cls, source, feature_mode=mode, **kwargs)
+        feature_mode = require_preset(preset).feature_mode if feature_mode is None else feature_mode
+        return _weights().load_deepseek_ocr(cls, source, feature_mode=feature_mode, **kwargs)
 
     @classmethod
     def from_encoder(cls, encoder: Any, *, copy: bool = False) -> Self:

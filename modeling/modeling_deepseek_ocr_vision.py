@@ -58,8 +58,8 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
     config_class = DeepSeekOCRVisionConfig
     base_model_prefix = "model"
     embeddings_path = "sam_model.patch_embed.proj"
-    # What a checkpoint may hold beyond the vision weights of this model's mode: the language model around the
-    # released encoder, CLIP's unused patch embedding, and what the other feature modes use.
+    # What a checkpoint may hold beyond the vision weights of this model's feature mode: the language model around
+    # the released encoder, CLIP's unused patch embedding, and what the other feature modes use.
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^(model\.)?(embed_tokens|layers|norm)\.",
         r"^lm_head\.",

@@ -48,7 +48,7 @@ _VOIDED_BY |= {"preset": ("mode", "do_pad", "image_mean", "image_std"), "mode": 
 # What a JSON file says about the class.
 FILE_FIELDS = ("image_processor_type", "processor_class", "auto_map")
 CHANNEL_ORDERS = ("channels_first", "channels_last")
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 TOKEN_SIZE = 64  # side in pixels of the square that one token stands for
 PAGE_SIZE = 1024  # side in pixels of a page unless `size` says otherwise; what the released weights were trained at
@@ -198,8 +198,8 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         Args:
             source: A Hub id, a folder or a safetensors file. Only the configuration is read, for the size of a page.
             preset: Which model's preprocessing.
-            options: The Hub's `revision`, `token`, `cache_dir` and `local_files_only`, and fields of the image
-                processor, such as `mode` or `size`.
+            options: Those of the Hub, such as `revision` or `token`, and fields of the image processor, such as
+                `mode` or `size`.
 
         Raises:
             OSError: There is no such checkpoint, or its configuration cannot be fetched.

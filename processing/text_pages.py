@@ -22,9 +22,9 @@ from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import (
     require_number,
     require_whole_tokens,
 )
+from deepseek_ocr_vision.processing.image_processing_deepseek_ocr_vision import TOKEN_SIZE
 
 
-PATCH_SIDE = 64  # pixels; the square that one token of the encoder stands for
 TAB_STOP = 4  # characters
 PAPER, INK = 255, 0
 NO_CHARACTER = "\uffff"  # no font can have it
@@ -389,6 +389,6 @@ def _page_sides(size: int | tuple[int, int]) -> tuple[int, int]:
     if not isinstance(sides, tuple | list) or len(sides) != 2:
         raise TypeError(f"`size` is {size!r}; it has to be an integer or a pair (height, width).")
     for side in sides:
-        require_integer("size", side, at_least=PATCH_SIDE)
-    require_whole_tokens("`size`", *sides, token_size=PATCH_SIDE)
+        require_integer("size", side, at_least=TOKEN_SIZE)
+    require_whole_tokens("`size`", *sides, token_size=TOKEN_SIZE)
     return int(sides[0]), int(sides[1])

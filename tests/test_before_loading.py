@@ -381,7 +381,7 @@ def test_on_the_hub_it_is_of_the_same_commit_and_the_token_is_not_kept(tmp_path)
     assert output.split() == ["192", "False", "True"]
 
 
-def test_a_checkpoint_that_was_loaded_and_saved_is_the_same(saved, tmp_path):
+def test_a_checkpoint_that_was_loaded_and_saved_is_the_same(saved):
     """Pins that the checks in front change nothing about a sound checkpoint, in any of its forms."""
     models = [AutoModel.from_pretrained(saved, variant=variant) for variant in (None, "one", "many")]
     assert_same_weights(models[1], models[0])

@@ -88,7 +88,7 @@ def test_verify_finds_what_was_damaged(tmp_path, released, capsys):
     assert "sam_model.pos_embed holds NaN" in capsys.readouterr().err
 
 
-def test_show_takes_a_released_checkpoint(tmp_path, released, capsys):
+def test_show_takes_a_released_checkpoint(tmp_path, released):
     """Pins `show`, which failed where `encode` worked."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     Image.new("RGB", (70, 50), "white").save(tmp_path / "page.png")

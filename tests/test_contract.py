@@ -160,7 +160,7 @@ def test_what_an_image_processor_has_not_is_without_effect(name):
     )
 
 
-def test_a_pipeline_encodes(tmp_path):
+def test_a_pipeline_encodes():
     """Pins transformers' own pipeline, which calls image processor and model in its own way."""
     model, image_processor = DeepSeekOCRVisionModel(tiny_config()).eval(), DeepSeekOCRVisionImageProcessor(size=128)
     extract = pipeline("image-feature-extraction", model=model, image_processor=image_processor, device="cpu")

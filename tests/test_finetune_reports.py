@@ -85,7 +85,7 @@ def test_differences_are_the_fewest_and_nothing_is_left_out():
     assert [piece.text for piece in right if piece.differs] == ["6"]
 
 
-def test_long_text_is_wrapped_in_full(tmp_path):
+def test_long_text_is_wrapped_in_full():
     """Pins captions of 24 characters that overlapped each other."""
     writer = text_layout.Writer(text_layout.fonts_for([LONG]), 400)
     lines = writer.lines([text_layout.Piece(LONG, True)])

@@ -164,7 +164,7 @@ def test_all_implementations_agree(feature_mode, dtype):
 
 
 @pytest.mark.parametrize("stage", ["sam_config", "clip_config"])
-def test_a_change_of_attention_after_construction_reaches_each_stage(tiny_model, stage, monkeypatch):
+def test_a_change_of_attention_after_construction_reaches_each_stage(tiny_model, stage):
     """Pins a fault of transformers' Unlimited-OCR: its SAM chooses a class once and ignores the change."""
     from transformers import AttentionInterface
 

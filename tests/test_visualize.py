@@ -236,7 +236,7 @@ def test_bfloat16_gives_the_same_images_to_its_precision(view, image_processor):
     gradient = half.pixel_gradient((1, 2))
     assert gradient.values.dtype == np.float32
     assert gradient.values.max() > 0
-    assert gradient.picture().size == view.page.size
+    assert gradient.draw().size == view.page.size
 
 
 def test_smoothing_is_a_mean_over_noisy_copies_that_a_seed_gives_again(tiny_model):
@@ -264,7 +264,7 @@ def test_what_is_in_a_corner_of_the_page_is_drawn_in_that_corner(tiny_model, siz
     page = marked_page(size, corner)
     view = view_page(tiny_model, page, image_processor=image_processor)
     gradient = view.pixel_gradient(lambda tokens: tokens.square().sum(), times_input=True)
-    image = np.asarray(gradient.picture(alpha=1.0), dtype=np.float32).sum(-1)
+    image = np.asarray(gradient.draw(alpha=1.0), dtype=np.float32).sum(-1)
     assert image.shape == size[::-1]
     bright, mark = image > image.max() / 2, mark_of(page)
     assert bright.sum() > 20
@@ -304,7 +304,7 @@ def test_a_tokens_square_is_drawn_where_its_box_is(tiny_model):
         similarity = view.similarity((0, 0))
         similarity.values[:] = 0
         similarity.values[token] = 1
-        image = np.asarray(similarity.picture(alpha=1.0, limits=(0, 1)))
+        image = np.asarray(similarity.draw(alpha=1.0, limits=(0, 1)))
         left, top, right, bottom = map(round, view.box(token))
         is_yellow = image[..., 0] > 200
         assert is_yellow[top:bottom, left:right].all()
@@ -328,8 +328,8 @@ def test_alpha_goes_from_the_page_to_the_colours(view):
     """Pins colours and page exchanged."""
     colors = view.pca()
     page = np.asarray(view.page.convert("L").convert("RGB"))
-    assert np.array_equal(np.asarray(colors.picture(alpha=0.0)), page)
-    assert len(np.unique(np.asarray(colors.picture(alpha=1.0)).reshape(-1, 3), axis=0)) <= 16
+    assert np.array_equal(np.asarray(colors.draw(alpha=0.0)), page)
+    assert len(np.unique(np.asarray(colors.draw(alpha=1.0)).reshape(-1, 3), axis=0)) <= 16
 
 
 # What does not work
@@ -349,7 +349,7 @@ def test_alpha_goes_from_the_page_to_the_colours(view):
         (lambda view: view.pixel_gradient(lambda tokens: tokens[0, 0]), ValueError, r"a tensor of \[32\]"),
         (lambda view: view.pixel_gradient(lambda tokens: 1.0), TypeError, "returned a float"),
         (lambda view: view.pixel_gradient(lambda tokens: tokens.detach().sum()), ValueError, "does not depend"),
-        (lambda view: view.pca().picture(alpha=2), ValueError, "`alpha` is 2"),
+        (lambda view: view.pca().draw(alpha=2), ValueError, "`alpha` is 2"),
         (lambda view: view.pca().save("image.txt"), ValueError, "no image format"),
         (lambda view: view.token_at(300, 0), ValueError, "300 pixels wide"),
         (lambda view: view_page(nn.Linear(2, 2), view.page), TypeError, "got a Linear"),
@@ -365,8 +365,8 @@ def test_a_mistake_is_told(view, ask, error, message):
 def test_without_matplotlib_the_colours_of_pca_are_there_and_others_say_what_to_install(view, monkeypatch):
     """Pins an installation without the extra `train`."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert view.pca().picture().size == view.page.size
-    for ask in (view.similarity((0, 0)).picture, lambda: draw_sheet(view)):
+    assert view.pca().draw().size == view.page.size
+    for ask in (view.similarity((0, 0)).draw, lambda: draw_sheet(view)):
         with pytest.raises(ImportError, match=re.escape("pip install 'deepseek-ocr-vision[train]'")):
             ask()
 
@@ -466,7 +466,7 @@ def test_a_disk_that_is_full_is_an_error_that_names_the_sheet(tmp_path):
 def test_numbers_that_are_all_equal_are_drawn_as_the_lowest(view):
     """Pins 0 / 0, which is drawn in no colour at all: a number that no pixel changes."""
     gradient = view.pixel_gradient(lambda tokens: (tokens * 0).sum())
-    image = np.asarray(gradient.picture(alpha=1.0)).reshape(-1, 3)
+    image = np.asarray(gradient.draw(alpha=1.0)).reshape(-1, 3)
     assert np.array_equal(np.unique(image, axis=0), [matplotlib.colormaps["magma"](0.0, bytes=True)[:3]])
 
 

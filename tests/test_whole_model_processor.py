@@ -10,7 +10,7 @@ from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, ImageTextCollat
 from deepseek_ocr_vision.composites import PROMPTS, DeepSeekOCRProcessor
 
 
-BOS, EOS, PAD, GROUNDING = 0, 1, 2, 4
+BOS, EOS, GROUNDING = 0, 1, 4
 TEXT_ONLY = "What is a page?"
 
 

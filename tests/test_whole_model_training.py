@@ -104,7 +104,7 @@ def test_experts_that_are_used_alike_have_the_least_loss():
     assert load_balancing_loss((torch.cat([even[:4], one[:4]]),), half, num_chosen=1).item() < 1.01
 
 
-def test_accumulated_steps_have_the_gradients_of_one(tmp_path):
+def test_accumulated_steps_have_the_gradients_of_one():
     """Pins the part of a step that a batch's load-balancing loss is weighted by."""
     model = tiny_whole_model(aux_loss_alpha=1.0).train()
     whole = batch_of(0, 0)

@@ -64,7 +64,7 @@ def test_a_released_checkpoint_is_loaded_whole(released, model):
     assert loaded.config.text_config.to_dict().items() >= {"layer_types": ["full_attention"] * 3}.items()
 
 
-def test_weights_stay_in_the_dtype_of_the_checkpoint_but_for_the_routers(tmp_path, released, model):
+def test_weights_stay_in_the_dtype_of_the_checkpoint_but_for_the_routers(released):
     """Pins bfloat16 in, and the routers that transformers keeps in float32."""
     change(released, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
     loaded = DeepSeekOCRForConditionalGeneration.from_deepseek_ocr(released, dtype="auto")
@@ -145,7 +145,7 @@ def test_files_that_were_not_fetched_from_the_hub_are_no_reason_to_refuse_it(tmp
     assert_same_weights(loaded, model)
 
 
-def test_what_transformers_saves_of_unlimited_ocr_is_loaded(tmp_path, released, model):
+def test_what_transformers_saves_of_unlimited_ocr_is_loaded(tmp_path, model):
     """Pins the other layout, with its own names of configuration fields and its window of attention."""
     theirs = UnlimitedOcrForConditionalGeneration(unlimited_config(model.config)).eval()
     theirs.save_pretrained(tmp_path / "theirs")

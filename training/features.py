@@ -81,7 +81,8 @@ def precompute_features(
             computed. For the same reason nothing random can be done to images whose tokens are stored.
         model: The encoder. It computes in its own dtype, without autocast.
         processor: Its processor, a `LlavaProcessor` around its image processor, or the image processor itself.
-        cache_dir: Folder for the tables. A page of 256 tokens, 1024 wide, takes 0.4 MB in 16 bits, 1 MB in 32.
+        cache_dir: Folder for the tables. A page of 256 tokens, 1024 wide, takes 0.4 MB in bfloat16, 0.5 in float16
+            and 1 in float32.
         image_column: Column of the images: of type `datasets.Image`, or paths of files; one a row, or a list. A row
             may have none.
         features_column: Name of the column to add.

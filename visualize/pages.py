@@ -62,7 +62,7 @@ class PageMap:
     alpha: float = 0.6
     token: TokenPlace | None = None
 
-    def picture(self, *, alpha: float | None = None, limits: tuple[float, float] | None = None) -> Image.Image:
+    def draw(self, *, alpha: float | None = None, limits: tuple[float, float] | None = None) -> Image.Image:
         """Draw the numbers over the page.
 
         Args:
@@ -92,9 +92,9 @@ class PageMap:
 
         Args:
             path: Such as `"similarity.png"`. What is there is replaced.
-            options: As `picture` takes them.
+            options: As `draw` takes them.
         """
-        save_image(self.picture(**options), path)
+        save_image(self.draw(**options), path)
 
     def _colors(self, limits: tuple[float, float]) -> np.ndarray:
         """The numbers as colours, uint8 [H, W, 3]."""

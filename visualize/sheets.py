@@ -44,7 +44,7 @@ def draw_sheet(
     attention = view.attention(token, layer=layer)
     maps = [view.pca(), view.similarity(token), attention, view.pixel_gradient(token)]
     scaled = _scaled(view)
-    images = [replace(one, view=scaled).picture() for one in maps]
+    images = [replace(one, view=scaled).draw() for one in maps]
     page = scaled.page.copy()
     draw_frame(page, scaled.box(token))
     row, column = token

@@ -1,9 +1,10 @@
 """Weights in and out: released checkpoints, transformers' Unlimited-OCR, live encoders. Never staged to the Hub.
 
-`loading` gives an encoder and its image processor, `reading` and `live_encoder` make a model, `writing` puts its
-weights back, `verifying` says whether a checkpoint is sound. Below them: `before_loading` checks what transformers is
-about to load, `checkpoints` and `hub` open what is on this machine and elsewhere, `repository` knows the Hub's ids and
-errors, `names` matches tensors, `sizes` tells how large an encoder is, and `safetensors_files` reads safetensors.
+`loading` gives an encoder and its image processor, `reading` and `live_encoder` make a model, `other_encoders` one out
+of SAM and CLIP or of GOT-OCR2, `writing` puts its weights back, `verifying` says whether a checkpoint is sound. Below
+them: `before_loading` checks what transformers is about to load, `checkpoints` and `hub` open what is on this machine
+and elsewhere, `repository` knows the Hub's ids and errors, `names` matches tensors, `sizes` tells how large an encoder
+is, and `safetensors_files` reads safetensors.
 """
 
 from deepseek_ocr_vision.saving.checksums import verify_loaded

@@ -48,7 +48,7 @@ _UNUSED = re.compile(r"^vision_model\.embeddings\.(patch_embedding\.|position_id
 _LANGUAGE_MODEL = re.compile(r"^lm_head\.|^(model\.)?(embed_tokens|layers|norm|language_model)\.")
 _VISION = re.compile(r"^(sam_model|vision_model|projector)\.|^(image_newline|view_seperator)$")
 # What a feature mode may do without: each is a part that another one has.
-_OF_OTHER_MODES = re.compile(
+_OF_OTHER_FEATURE_MODES = re.compile(
     r"^projector\.|^vision_model\.embeddings\.class_embedding$|^(image_newline|view_seperator)$"
 )
 
@@ -152,7 +152,9 @@ def _has_both_stages(keys: Iterable[str]) -> bool:
 
 def _is_known(key: str, *, whole: bool) -> bool:
     """Whether a tensor that the model does not have belongs to what surrounds it."""
-    return bool(_UNUSED.match(key) or (not whole and (_LANGUAGE_MODEL.match(key) or _OF_OTHER_MODES.match(key))))
+    return bool(
+        _UNUSED.match(key) or (not whole and (_LANGUAGE_MODEL.match(key) or _OF_OTHER_FEATURE_MODES.match(key)))
+    )
 
 
 def _wrong_shapes(

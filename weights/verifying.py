@@ -54,11 +54,11 @@ def load_whatever_is_there(path: Path) -> DeepSeekOCRVisionModel:
     """The encoder in a folder of its own, or in a whole checkpoint, in the feature mode that uses the most of it."""
     if path.is_dir() and read_config(path / CONFIG).get("model_type") == DeepSeekOCRVisionConfig.model_type:
         return DeepSeekOCRVisionModel.from_pretrained(path, dtype="auto")
-    feature_mode = richest_mode(open_local(path).tensors)
+    feature_mode = richest_feature_mode(open_local(path).tensors)
     return load_deepseek_ocr(DeepSeekOCRVisionModel, path, feature_mode=feature_mode, config=None, dtype="auto")
 
 
-def richest_mode(names: Iterable[str]) -> FeatureMode:
+def richest_feature_mode(names: Iterable[str]) -> FeatureMode:
     """The feature mode that uses the most of what a checkpoint has."""
     keys = {our_name(name).key for name in names}
     if keys >= {"image_newline", "view_seperator", "projector.layers.weight"}:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from deepseek_ocr_vision.processing.image_processing_deepseek_ocr_vision import TOKEN_SIZE
 
-TOKEN_SIZE = 64  # pixels; the side of the square that one token stands for
+
 READABLE_HEIGHT = 12  # pixels of a line that a page size is chosen for
 SMALLEST_HEIGHT = 8  # pixels of a line, below which people cannot read it either
 MOST_TEXT_TOKENS = 10  # a token of the page; DeepSeek-OCR (arXiv 2510.18234, figure 1) loses precision beyond
