@@ -43,7 +43,8 @@ class ClipEmbeddings(nn.Module):
         positions = table[1:].view(self.grid_size, self.grid_size, channels)
         # The released model resizes with antialiasing, `deepseek-ocr-encoder`, which has no class token, without.
         positions = resize_positions(positions, (height, width), antialias=self.class_embedding is not None)
-        tokens = feature_map.flatten(2).transpose(1, 2) + positions.flatten(0, 1)  # [B, N, C]
+        # The stages may be of different dtypes.
+        tokens = feature_map.to(table.dtype).flatten(2).transpose(1, 2) + positions.flatten(0, 1)  # [B, N, C]
         if self.class_embedding is None:
             return tokens
         class_token = (self.class_embedding + table[0]).expand(batch_size, 1, channels)
@@ -102,8 +103,7 @@ class ClipEncoder(DeepSeekOCRVisionPreTrainedModel):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        # The stages may be of different dtypes.
-        hidden_states = self.pre_layrnorm(self.embeddings(feature_map.to(self.dtype)))
+        hidden_states = self.pre_layrnorm(self.embeddings(feature_map))
         all_hidden_states, all_weights = [hidden_states], []
         for layer in self.transformer.layers:
             hidden_states = checkpointable(layer, hidden_states)

@@ -190,7 +190,7 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
         """Turn images into tokens: without gradient, but as ordinary tensors, on which others can be trained.
 
         Args:
-            images: An image or a list of them: paths, PIL images, arrays or tensors.
+            images: An image or several: paths, PIL images, arrays or tensors, in a list or stacked.
             image_processor: What prepares them. By default the one saved with this checkpoint or, for a model that
                 has none, the preset that belongs to its feature mode at `config.image_size`.
             mode: Another of the released model's resolutions than the image processor's, a key of `MODES`.
@@ -206,7 +206,7 @@ class DeepSeekOCRVisionModel(LayerGroups, CheckpointMixin):
         batch_size = require_integer("batch_size", batch_size, at_least=1)
         if image_processor is None:
             image_processor = self.default_image_processor()
-        images = list(images) if isinstance(images, list | tuple) else [images]
+        images = list(images) if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
         options = {"return_tensors": "pt"} | ({} if mode is None else {"mode": mode})
         tokens: list[torch.Tensor] = []
         with torch.no_grad():

@@ -92,19 +92,20 @@ class SamEncoder(DeepSeekOCRVisionPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if pixel_values.is_meta != self.pos_embed.is_meta:
-            places = f"on {pixel_values.device} and the model on {self.pos_embed.device}"
+        table, device = self.pos_embed, pixel_values.device  # not `self.dtype`: a replica has no parameters
+        if pixel_values.is_meta != table.is_meta:
+            places = f"on {device} and the model on {table.device}"
             raise ValueError(f"`pixel_values` is {places}; tensors on the meta device have a shape and no values.")
-        if not is_recording() and is_emulated(self.dtype, pixel_values.device):
-            logger.warning_once(f"This CPU has no {self.dtype} products; `model.float()` saves converting to float32.")
+        if not is_recording() and is_emulated(table.dtype, device):
+            logger.warning_once(f"The CPU has no {table.dtype} products; `model.float()` saves converting to float32.")
         if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
             # Counting to them fixes sizes: torch 2.14's Inductor has no backward pass for tables resized to open ones.
             [*range(pixel_values.shape[-2]), *range(pixel_values.shape[-1])]
-        pixel_values = pixel_values.to(self.dtype)
+        pixel_values = pixel_values.to(table.dtype)
         with never_emulated(pixel_values):
             hidden_states = self.patch_embed(pixel_values)  # [B, H, W, C]
             grid = (hidden_states.shape[1], hidden_states.shape[2])
-            hidden_states = hidden_states + resize_positions(self.pos_embed[0], grid, antialias=True)
+            hidden_states = hidden_states + resize_positions(table[0], grid, antialias=True)
             for block in self.blocks:
                 hidden_states = block(checkpointable(block, hidden_states))
             hidden_states = self.neck(hidden_states.permute(0, 3, 1, 2))  # [B, 256, H, W]

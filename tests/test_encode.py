@@ -51,6 +51,19 @@ def test_batches_change_nothing_but_the_speed(tiny_model, page, batch_size):
     assert relative_error(torch.stack(tiny_model.encode(images, batch_size=batch_size)), expected) < 1e-5
 
 
+def test_stacked_images_pass_one_by_one_unless_asked_for_more(tiny_model):
+    """Pins a tensor of many pages that went through the model at once, whatever `batch_size` said."""
+    sizes = []
+    tiny_model.register_forward_pre_hook(
+        lambda module, inputs, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    stack = torch.randint(0, 256, (3, 3, 50, 70), dtype=torch.uint8)
+    expected = tiny_model.encode(list(stack))
+    assert torch.equal(torch.stack(tiny_model.encode(stack)), torch.stack(expected))
+    assert len(tiny_model.encode(stack.numpy(), batch_size=2)) == 3
+    assert sizes == [1] * 6 + [2, 1]
+
+
 @pytest.mark.parametrize("feature_mode", ["residual", "concat", "projected"])
 def test_the_preset_follows_the_feature_mode(page, feature_mode):
     """Pins tokens of one preprocessing under the features of another, which nothing would report."""

@@ -26,6 +26,25 @@ def page() -> Image.Image:
     return Image.linear_gradient("L").resize((128, 128))
 
 
+# Copies
+
+
+@pytest.mark.parametrize("feature_mode", EVERY_FEATURE_MODE)
+def test_a_replica_of_data_parallel_computes_the_same(feature_mode):
+    """Pins `self.dtype`, which asks for parameters: replicas, as `Trainer` makes them for several GPUs, have none."""
+    model = model_of(feature_mode)
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, replicas.get(child))
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter * 1)
+    tokens = replicas[model](pixels()).last_hidden_state
+    assert torch.equal(tokens, model(pixels()).last_hidden_state)
+    tokens.mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 # Weights that are elsewhere until their module is called
 
 
