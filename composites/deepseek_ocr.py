@@ -140,6 +140,13 @@ class DeepSeekOCRModel(UnlimitedOcrModel):
         self.image_newline = nn.Parameter(torch.zeros(width))
         self.post_init()
 
+    @wraps(UnlimitedOcrModel.get_image_features)
+    def get_image_features(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if pixel_values.ndim == 4 and pixel_values.shape[-2] != pixel_values.shape[-1]:
+            # transformers arranges the tokens by the square root of their number.
+            raise ValueError(f"`pixel_values` is of shape {list(pixel_values.shape)}; pages have to be square.")
+        return super().get_image_features(pixel_values, *args, **kwargs)
+
 
 class DeepSeekOCRForConditionalGeneration(LayerGroups, UnlimitedOcrForConditionalGeneration):
     """DeepSeek-OCR: images and a prompt in, text out, and gradients back to every weight and every pixel.

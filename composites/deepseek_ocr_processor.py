@@ -4,6 +4,7 @@ The released model has no chat template. Its input is the beginning-of-sequence 
 with the tokens of the image in the place of `<image>`; `prompts.prompt_of` makes the prompts of the released `infer`.
 """
 
+import math
 import os
 from typing import Any
 
@@ -118,6 +119,19 @@ class DeepSeekOCRProcessor(ProcessorMixin):
             height, width = (side // TOKEN_SIZE for side in image_inputs["pixel_values_local"][0].shape[-2:])
             views.append([rows * height, columns * width])
         return self.image_token * (1 + sum(height * (width + 1) for height, width in views))
+
+    def num_placeholders(self, num_tokens: int) -> int:
+        """As many `<image>` as there are for a page of some tokens of the encoder, without tiles.
+
+        Raises:
+            ValueError: They are no square page's.
+        """
+        side = math.isqrt(num_tokens)
+        if side**2 != num_tokens:
+            raise ValueError(
+                f"{num_tokens} tokens are no square page's; those of tiles cannot be stored for this model."
+            )
+        return side * (side + 1) + 1
 
 
 AutoProcessor.register(DeepSeekOCRConfig, DeepSeekOCRProcessor, exist_ok=True)

@@ -22,7 +22,7 @@ from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import (
     require_integer,
     require_number,
 )
-from deepseek_ocr_vision.encoding.encoder import Encoder, Page
+from deepseek_ocr_vision.encoding.encoder import Encoder, Page, printable
 from deepseek_ocr_vision.encoding.on_ray import encode_on_ray
 from deepseek_ocr_vision.encoding.processes import Failure, attempt, map_in_processes
 from deepseek_ocr_vision.encoding.sources import DPI, Prepare, close_documents, find_pages, find_pages_in
@@ -162,20 +162,24 @@ def encode_pages(
     found = find_pages(inputs, split=split, image_column=image_column, **work)
     if not found.pages and not found.problems:
         raise ValueError(f"There are no images, PDFs or pages in {[os.fspath(each) for each in inputs]}.")
-    pages = [page for page in found.pages if int(page.id[:12], 16) % num_shards == number]
+    pages = [page for page in found.pages if (int(page.id[:12], 16) + page.number) % num_shards == number]
     encoder = Encoder(model, image_processor, tokens, batch_size)
     errors = ERRORS if num_shards == 1 else f"errors-{number}-of-{num_shards}.jsonl"
     table = TokenTable(out, encoder.settings(dpi=dpi), errors=errors)
-    missing = {page.id: page for page in pages if page.id not in table}
+    missing: dict[str, list[Page]] = {}
+    for page in pages:
+        if page.id not in table:
+            missing.setdefault(page.id, []).append(page)
     encode: Callable[..., Generator[pyarrow.Table, None, None]] = encode_locally
     if ray is not None:
         encode = partial(encode_on_ray, address=ray, num_encoders=num_encoders, gpus_per_encoder=gpus_per_encoder)
     prepare = Prepare(found.columns, image_processor, model.dtype, dpi)
-    rows = write_parts(table, encode(encoder, prepare, missing.values(), **work), pages_per_file)
+    rows = write_parts(table, encode(encoder, prepare, [same[0] for same in missing.values()], **work), pages_per_file)
     problems = found.problems if number == 0 else []
-    summary = Summary(len(pages) - len(missing), 0, problems, dict(found.left_out), errors=errors)
+    num_stored = sum(page.id in table for page in pages)
+    summary = Summary(num_stored, 0, problems, dict(found.left_out), errors=errors)
     with tqdm(total=len(pages), initial=summary.num_pages, unit="page", disable=not show_progress) as bar:
-        _follow(rows, table, summary, bar, 1 if ray is None else num_encoders, on_progress)
+        _follow(rows, table, missing, summary, bar, 1 if ray is None else num_encoders, on_progress)
     summary.num_pages = sum(page.id in table for page in pages)
     if on_progress is not None:
         on_progress(summary.progress(len(pages), is_done=True))
@@ -190,6 +194,7 @@ def stored_type(tokens: str | None, model: PreTrainedModel) -> str:
 def _follow(
     batches: "Iterator[pyarrow.Table]",
     table: TokenTable,
+    missing: dict[str, list[Page]],
     summary: Summary,
     bar: tqdm,
     num_encoders: int,
@@ -200,15 +205,18 @@ def _follow(
     table.write_problems(summary.problems)
     try:
         for batch in batches:
-            rows = batch.select(["source", "page", "seconds", "error"]).to_pylist()
-            problems = [Problem(row["source"], row["page"], row["error"]) for row in rows if row["error"] is not None]
+            rows = batch.select(["id", "seconds", "error"]).to_pylist()
+            failed = [row for row in rows if row["error"] is not None]
+            same = [(page, row["error"]) for row in failed for page in missing[row["id"]]]
+            problems = [Problem(printable(page.source), page.number, error) for page, error in same]
+            num_pages = sum(len(missing[row["id"]]) for row in rows)
             computed += sum(row["seconds"] or 0 for row in rows)
             summary.problems += problems
-            summary.num_new += len(rows) - len(problems)
-            summary.num_pages += len(rows) - len(problems)
+            summary.num_new += len(rows) - len(failed)
+            summary.num_pages += num_pages - len(problems)
             summary.seconds = time.perf_counter() - started
             summary.busy = min(1.0, computed / summary.seconds / num_encoders)
-            bar.update(len(rows))
+            bar.update(num_pages)
             if problems and table.is_local:
                 table.add_problems(problems)
             if summary.seconds - reported > _SECONDS_BETWEEN_REPORTS:
@@ -302,7 +310,9 @@ class EncodePages:
         """
         contents = batch[self.column]
         contents = contents.to_pylist() if hasattr(contents, "to_pylist") else list(contents)
-        return require_pyarrow().concat_tables(self.encoder.encode(self._prepared(contents)))
+        return require_pyarrow().concat_tables(
+            [self.encoder.failed([]), *self.encoder.encode(self._prepared(contents))]
+        )
 
     def _prepared(self, contents: list[str | bytes]) -> Iterator[tuple[Page, Any]]:
         for number, content in enumerate(contents):

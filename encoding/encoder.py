@@ -72,7 +72,7 @@ class Encoder:
         """Rows of a table, batch by batch; that of an image that could not be encoded has an `error` for tokens."""
         for shapes, alike in groupby(prepared, key=lambda pair: _shapes(pair[1])):
             while batch := list(islice(alike, self.batch_size)):
-                yield self._failed(batch) if shapes is None else self._encoded(batch)
+                yield self.failed(batch) if shapes is None else self._encoded(batch)
 
     def _encoded(self, batch: Sequence[tuple[Page, Any]]) -> "pyarrow.Table":
         started = time.perf_counter()
@@ -93,12 +93,13 @@ class Encoder:
             rows.append(_row(page) | {"grid": sides, "patches_grid": tiles, "seconds": seconds})
             kept.append(each)
         if not rows:
-            return self._failed(failed)
+            return self.failed(failed)
         columns = {name: [row[name] for row in rows] for name in rows[0]} | token_columns(kept, self.stored)
         encoded = require_pyarrow().Table.from_pydict(columns, schema=_schema_in_flight(self.stored))
-        return require_pyarrow().concat_tables([encoded, self._failed(failed)])
+        return require_pyarrow().concat_tables([encoded, self.failed(failed)])
 
-    def _failed(self, failures: Iterable[tuple[Page, Any]]) -> "pyarrow.Table":
+    def failed(self, failures: Iterable[tuple[Page, Any]]) -> "pyarrow.Table":
+        """The rows of images that could not be encoded, each with why."""
         rows = [_row(page, str(error)) for page, error in failures]
         return require_pyarrow().Table.from_pylist(rows, schema=_schema_in_flight(self.stored))
 

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import torch
 from PIL import Image
 
@@ -182,6 +183,7 @@ def _open(content: Content) -> Any:
 def _page_of(document: Any, number: int, dpi: float) -> Image.Image:
     """A page of a TIFF or a PDF."""
     if isinstance(document, Image.Image):
+        vars(document).pop("tell", None)  # of the page before
         document.seek(number)
         document.tell = lambda: 0  # type: ignore[method-assign]  # readers take a file's first frame: it is its only one
         return document
@@ -237,7 +239,7 @@ class Column:
     def pages(self) -> Iterator[list[Page]]:
         """The images of each row. One that cannot be read has a `Failure` for its id."""
         for row in range(len(self.rows)):
-            ids = [attempt(lambda image: digest_of(_content_of(image)), image) for image in self._cell(row)]
+            ids = [attempt(lambda image: digest_of(content_of(image)), image) for image in self._cell(row)]
             yield [Page(id, self.name, row, index) for index, id in enumerate(ids)]
 
     def _cell(self, row: int) -> list[Any]:
@@ -245,20 +247,26 @@ class Column:
         return cell if isinstance(cell, list) else [] if cell is None else [cell]
 
     def read(self, page: Page) -> Image.Image:
-        image = _open_same(_content_of(self._cell(page.number)[page.index]), page.id, os.getpid())
+        image = _open_same(content_of(self._cell(page.number)[page.index]), page.id, os.getpid())
         if self.mode is None:
             return image
         # What has more than 256 levels is brought to as many first.
         return _in_rgb(image).convert("L" if self.mode.startswith(("I", "F")) else self.mode)
 
 
-def _content_of(image: Any) -> Content:
+def content_of(image: Any) -> Content:
     """The file of an image as `datasets` stores it: `bytes` and `path`, one of which may be `None`, or a path."""
     if image is None:
         raise ValueError("the image is None; leave it out of the list.")
     if isinstance(image, str):
         return image
-    return image["path"] if image["bytes"] is None else image["bytes"]
+    if image["bytes"] is not None:
+        return image["bytes"]
+    path = image["path"]
+    if "::" in path and not os.path.exists(path):  # inside of an archive, as `datasets` names it
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    return path
 
 
 # Preparing

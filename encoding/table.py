@@ -9,6 +9,7 @@ A part appears in one step and never changes, so the table can be read at any mo
 Letters in the shapes: M images, N tokens of an image, C channels.
 """
 
+import glob
 import io
 import json
 import os
@@ -159,8 +160,7 @@ class TokenTable:
         self.fs.makedirs(self.root, exist_ok=True)
         with self._locked():
             if not self.fs.isfile(self.path(SETTINGS)):
-                names = sorted(Path(name).name for name in self.fs.glob(self.path("*")))
-                others = [name for name in names if not name.startswith(PREFIX)]  # a kill leaves a staging folder
+                others = [name for name in self._names() if not name.startswith(PREFIX)]  # a kill leaves such a folder
                 if others:
                     raise ValueError(
                         f"{self.location} holds no table of tokens, but {others[0]!r}; name a new folder."
@@ -172,6 +172,12 @@ class TokenTable:
         if self.is_local:
             with staging_folder(self.root):
                 pass  # what killed processes left in the folder is removed first
+
+    def _names(self) -> list[str]:
+        try:
+            return sorted(Path(path).name for path in self.fs.ls(self.root, detail=False))
+        except FileNotFoundError:  # in a store there is no folder without a file
+            return []
 
     def _locked(self) -> Any:
         return locked(Path(self.root)) if self.is_local else nullcontext()
@@ -189,8 +195,9 @@ class TokenTable:
         import pyarrow.parquet as pq
 
         self.fs.invalidate_cache()  # some remember what they have listed
-        names = {Path(name).name for name in self.fs.glob(self.path("part-*.parquet"))}
-        for name in sorted(names - self.parts):
+        for name in self._names():
+            if name in self.parts or not (name.startswith("part-") and name.endswith(".parquet")):
+                continue
             try:
                 with self.fs.open(self.path(name)) as file:
                     ids = pq.read_table(file, columns=["id"])["id"].to_pylist()
@@ -269,6 +276,8 @@ class TokenTable:
 
     def read(self, id: str) -> torch.Tensor:
         """The tokens [N, C] of one image, on the CPU."""
+        if id not in self:
+            self.refresh()
         part, row = self.rows[id]
         file = _opened_part(self.fs, self.path(part), os.getpid())
         rows_per_group = file.metadata.row_group(0).num_rows
@@ -330,7 +339,8 @@ def load_pages(location: str | os.PathLike) -> "datasets.Dataset":
     table = TokenTable(location)
     if not table.parts:
         raise FileNotFoundError(f"{location} has no parts: no page was encoded into it yet.")
-    pages = datasets.Dataset.from_parquet([f"{table.location}/{name}" for name in sorted(table.parts)])
+    folder = glob.escape(table.location)
+    pages = datasets.Dataset.from_parquet([f"{folder}/{name}" for name in sorted(table.parts)])
     if table.stored in ("bfloat16", "int8"):
         pages = pages.with_format("arrow").map(
             _with_floats, batched=True, batch_size=16, fn_kwargs={"stored": table.stored}

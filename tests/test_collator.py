@@ -269,6 +269,8 @@ def test_trainer_as_it_is_trains_with_the_collator(processor, tmp_path):
         ({"text": "a", "messages": CHAT}, ValueError, r"\['messages', 'text'\]"),
         ({"prompt": "a", "answer": 7}, TypeError, "Sample 1 .* int under `answer`"),
         ({"text": "a", "images": "x.png"}, TypeError, "Sample 1 .* str under `images`"),
+        ({"text": "<image>a", "images": [None]}, TypeError, "Sample 1 .* among its images None"),
+        ({"text": "<image>a", "image": {"bytes": b"a", "path": None}}, TypeError, "Sample 1 .* does not decode"),
         ({"text": "a", "images": [], "image": "x.png"}, ValueError, "under `image` and `images`"),
         (
             {

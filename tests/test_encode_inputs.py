@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import time
+import zipfile
 import zlib
 from contextlib import closing
 from pathlib import Path
@@ -93,6 +94,30 @@ def test_a_manual_of_over_200_pages_is_encoded_page_by_page(tiny_model, tmp_path
     (row,) = (row for row in load_pages(tmp_path / "out") if row["page"] == num_pages - 1)
     (expected,) = tiny_model.encode([last], image_processor=IMAGE_PROCESSOR)
     assert torch.equal(row["pooled"], expected.mean(dim=0))
+
+
+def test_two_broken_files_of_the_same_content_are_both_named(tiny_model, tmp_path):
+    """Pins the one of them that was in no list, so that counts did not add up."""
+    for name, content in (("a", png(1)[:900]), ("b", png(1)[:900]), ("good", png(1)), ("same", png(1))):
+        (tmp_path / f"{name}.png").write_bytes(content)
+    progress = []
+    summary = encode(tmp_path, tiny_model, tmp_path / "out", on_progress=progress.append)
+    assert sorted(os.path.basename(each.source) for each in summary.problems) == ["a.png", "b.png"]
+    assert (summary.num_pages, summary.num_new) == (2, 1)
+    assert (progress[-1]["pages"], progress[-1]["errors"], progress[-1]["total"]) == (2, 2, 4)
+
+
+def test_images_of_a_dataset_may_lie_in_an_archive(tiny_model, tmp_path):
+    """Pins `imagefolder` over a zip, whose paths are `zip://...::...`: no row could be read."""
+    datasets = pytest.importorskip("datasets")
+    with zipfile.ZipFile(tmp_path / "pages.zip", "w") as archive:
+        archive.writestr("pages/0.png", png(0))
+    pages = datasets.load_dataset(
+        "imagefolder", data_files=str(tmp_path / "pages.zip"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    column = Column.of(pages, "pages", "image")
+    ((page,),) = column.pages()
+    assert np.array_equal(np.asarray(column.read(page)), np.asarray(image(0)))
 
 
 def test_each_frame_of_a_tiff_is_a_page_as_it_is_alone(tiny_model, tmp_path):

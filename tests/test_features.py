@@ -548,6 +548,16 @@ def test_features_of_a_wrong_kind_are_errors(llava, processor, tmp_path):
             llava.model.vision_tower(torch.zeros(1, 4, 32), output_attentions=True)
 
 
+def test_datasets_of_one_table_can_be_joined(tiny_model, tmp_path):
+    """Pins ids in place of tokens after `concatenate_datasets`, and the advice for a transform that is lost."""
+    first, second = compute(pages(0), tiny_model, tmp_path), compute(pages(1, 2), tiny_model, tmp_path)
+    joined = datasets.concatenate_datasets([first, second])
+    expected = tiny_model.encode([image(seed) for seed in range(3)], image_processor=IMAGE_PROCESSOR)
+    assert all(torch.equal(row["features"], each) for row, each in zip(joined, expected, strict=True))
+    again = compute(joined.with_format(None).remove_columns("features"), tiny_model, tmp_path)
+    assert torch.equal(again[2]["features"], expected[2])
+
+
 def test_a_composite_trains_on_pages_in_tiles(llava, processor, tmp_path):
     """Pins inputs beside `pixel_values`, images with different numbers of tiles, and a LLaVA, which can be given no
     tiles of an image but can be given their tokens.

@@ -11,7 +11,7 @@ from encoding_helpers import IMAGE_PROCESSOR, assert_same, encode, image, png, s
 from helpers import ROOT, tiny_config
 from test_documents import blocks
 
-from deepseek_ocr_vision import DeepSeekOCRVisionModel
+from deepseek_ocr_vision import DeepSeekOCRVisionModel, precompute_features
 from deepseek_ocr_vision.__main__ import main
 from deepseek_ocr_vision.encoding import EncodePages, load_pages
 from deepseek_ocr_vision.encoding.table import TokenTable
@@ -91,6 +91,20 @@ def assert_reads(tool: str) -> None:
     for row in rows:
         tokens = np.stack([np.array(token, dtype=np.float32) for token in row["tokens"]])
         assert np.array_equal(tokens, expected[os.path.basename(row["source"]), row["page"]].numpy())
+
+
+@pytest.mark.parametrize("folder", ["proj [v2]", "tok*"])
+def test_a_folder_may_have_a_name_that_looks_like_a_pattern(tiny_model, scans, tmp_path, folder):
+    """Pins `[`, by which a table looked empty: all was computed again, and features came without a row."""
+    out = tmp_path / folder / "tokens"
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "other").touch()
+    assert [encode(scans, tiny_model, out).num_new for _ in range(2)] == [7, 0]
+    assert len(load_pages(out)) == 7
+    pages = datasets.Dataset.from_dict({"image": [{"bytes": png(0), "path": None}]})
+    pages = pages.cast_column("image", datasets.Image())
+    options = {"cache_dir": tmp_path / folder, "show_progress": False}
+    assert len(precompute_features(pages, tiny_model, IMAGE_PROCESSOR, **options)) == 1
 
 
 # What is stored
@@ -186,6 +200,23 @@ def test_shares_of_the_pages_are_all_of_them_each_once(scans, tmp_path, capsys):
     assert_same(tmp_path / "out", tmp_path / "untouched")
     with pytest.raises(ValueError, match=r"shard\[0\]"):
         encode(scans, model, tmp_path / "out", shard=(3, 3))
+
+
+def test_the_pages_of_one_document_are_shared_out(tiny_model, tmp_path):
+    """Pins all pages of a document in one share, and jobs without any."""
+    write_pdf(tmp_path / "book.pdf", *range(12))
+    shares = [encode(tmp_path / "book.pdf", tiny_model, tmp_path / "out", shard=(i, 4)).num_pages for i in range(4)]
+    assert shares == [3, 3, 3, 3]
+
+
+def test_an_encoder_of_batches_reads_a_file_again_and_takes_none(tiny_model, tmp_path):
+    """Pins the last page of a TIFF in place of the first, from the second time on, and an empty batch."""
+    image(1).save(tmp_path / "fax.tif", save_all=True, append_images=[image(2), image(3)])
+    encode_batch = EncodePages(tiny_model, IMAGE_PROCESSOR)
+    first, again = (encode_batch({"path": [str(tmp_path / "fax.tif")]}) for _ in range(2))
+    assert first["tokens"] == again["tokens"]
+    assert len(first) == 3
+    assert encode_batch({"path": []}).schema == first.schema
 
 
 def test_a_loop_of_somebody_else_gets_the_same_rows(tiny_model, scans, tmp_path):

@@ -8,6 +8,7 @@ from whole_model import IMAGE_TOKEN_ID, tiny_processor, tiny_tokenizer, tiny_who
 
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, ImageTextCollator
 from deepseek_ocr_vision.composites import PROMPTS, DeepSeekOCRProcessor
+from deepseek_ocr_vision.training.features import FeatureCollator, precompute_features, precomputed_features
 
 
 BOS, EOS, GROUNDING = 0, 1, 4
@@ -120,6 +121,30 @@ def test_a_batch_without_images_gives_every_parameter_a_gradient(processor):
     alone = ImageTextCollator(processor, touch_encoder=False)([{"prompt": TEXT_ONLY, "answer": "Paper"}])
     assert set(alone) == set(names)
     assert torch.allclose(model(**alone).loss, with_image, atol=1e-6)
+
+
+def test_pages_that_are_not_square_are_refused():
+    """Pins "shape '[2, 2, 48]' is invalid": transformers takes the root of the number of tokens for both sides."""
+    processor = DeepSeekOCRProcessor(DeepSeekOCRVisionImageProcessor("deepseek-ocr", size=(64, 256)), tiny_tokenizer())
+    with pytest.raises(ValueError, match=r"\[1, 3, 64, 256\]; pages have to be square"):
+        tiny_whole_model()(**processor(page(), "<image>a", return_tensors="pt"))
+
+
+def test_stored_tokens_train_it_as_pages_do(tmp_path):
+    """Pins placeholders without those of the special tokens: "tokens: 12, features: 21"."""
+    datasets = pytest.importorskip("datasets")
+    model, processor = tiny_whole_model().train(), tiny_processor()
+    encoder = model.model.vision_tower
+    encoder.freeze()
+    pages = [{"image": page(), "text": "a <image>"}, {"image": page(90, 200), "text": "<image> b"}]
+    pages = datasets.Dataset.from_list(pages)
+    stored = precompute_features(pages, encoder, processor, cache_dir=tmp_path, show_progress=False)
+    losses = [model(**ImageTextCollator(processor)([row])).loss for row in pages]
+    with precomputed_features(model, stored):
+        again = [model(**FeatureCollator(processor)([row])).loss for row in stored]
+    assert torch.allclose(torch.stack(again), torch.stack(losses), atol=1e-6)
+    with pytest.raises(ValueError, match="12 tokens are no square page's"):
+        processor.num_placeholders(12)
 
 
 def test_the_processor_is_saved_and_loaded(tmp_path, processor):

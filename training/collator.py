@@ -255,10 +255,13 @@ def _images(sample: Mapping[str, Any], name: str) -> list[Any]:
     if len(found) > 1:
         raise ValueError(f"{name} has images under {' and '.join(found)}; give them in one place.")
     images = next(iter(found.values()), [])
-    if "`image`" in found:
-        return [images]
+    images = [images] if "`image`" in found else images
     if not isinstance(images, list | tuple):
         raise TypeError(f"{name} has a {type(images).__name__} under `images`; it has to be a list.")
+    for image in images:
+        if image is None or isinstance(image, Mapping):
+            kind = "a dictionary, as `datasets` has an image that it does not decode" if image else "None"
+            raise TypeError(f"{name} has among its images {kind}; give images, or leave it out.")
     return list(images)
 
 

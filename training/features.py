@@ -192,6 +192,8 @@ def _image_processor_of(processor: Any) -> Any:
 class ReadFeatures:
     """Puts tokens in the place of their ids whenever rows of a dataset are read: what `with_transform` takes.
 
+    Two of one column and one table are equal, so that `datasets` keeps the transform where it joins datasets.
+
     Attributes:
         column: Column of the dataset with the ids: one a row, `None`, or a list.
         table: What is stored.
@@ -199,6 +201,12 @@ class ReadFeatures:
 
     column: str
     table: TokenTable
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ReadFeatures) and hash(self) == hash(other)
+
+    def __hash__(self) -> int:
+        return hash((self.column, self.table.location))
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         """Rows as columns, with tokens [N, C] where there was an id."""
@@ -374,7 +382,7 @@ class FeatureCollator(ImageTextCollator):
                 raise TypeError(
                     f"Sample {index} of the batch has a {type(each).__name__} under {self.features_column!r} that is "
                     "no floating-point tensor [tokens, channels]. The transform that reads features gets lost by "
-                    "`with_format`; call `precompute_features` again, which finds what is stored."
+                    "`with_format`; remove the column and call `precompute_features` again: it finds what is stored."
                 )
         others = {name: value for name, value in sample.items() if name not in ("image", "images")}
         return others | {"images": features}
@@ -385,7 +393,8 @@ class FeatureCollator(ImageTextCollator):
         if not images or not isinstance(images[0], torch.Tensor):  # the blank image
             return super()._encode(texts, images, **options)
         dropped = getattr(self.processor, "vision_feature_select_strategy", "full") == "default"
-        counts = iter([len(tokens) - dropped for tokens in images])
+        count = getattr(self.processor, "num_placeholders", lambda num_tokens: num_tokens - dropped)
+        counts = iter([count(len(tokens)) for tokens in images])
         expanded = []
         for text in texts:
             first, *others = text.split(self.processor.image_token)

@@ -18,6 +18,7 @@ import datasets
 from PIL import Image
 from torch.utils.data import Dataset
 
+from deepseek_ocr_vision.encoding.sources import content_of
 from deepseek_ocr_vision.processing.images_deepseek_ocr_vision import open_image, read_image
 
 
@@ -96,11 +97,8 @@ def image_bytes(source: str | Path | dict[str, Any] | None) -> bytes:
     """The file behind an image: at a path, or in a row of a dataset."""
     if source is None:
         raise ValueError("there is no image")
-    if isinstance(source, dict):
-        if source.get("bytes") is not None:
-            return source["bytes"]
-        source = source["path"]
-    return Path(source).read_bytes()
+    content = content_of(source if isinstance(source, dict) else os.fspath(source))
+    return content if isinstance(content, bytes) else Path(content).read_bytes()
 
 
 def decoded(content: bytes, name: str) -> Image.Image:
