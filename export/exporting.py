@@ -95,7 +95,8 @@ class _FixedEmbeddings(nn.Module):
         self.num_class_tokens = self.added.shape[1] - grid.shape[-2:].numel()
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:  # [B, C, H, W] -> [B, N (+ 1), C]
-        return F.pad(feature_map.flatten(2).transpose(1, 2), (0, 0, self.num_class_tokens, 0)) + self.added
+        tokens = feature_map.to(self.added.dtype).flatten(2).transpose(1, 2)
+        return F.pad(tokens, (0, 0, self.num_class_tokens, 0)) + self.added
 
 
 class _TokensOfImages(_Tokens):
@@ -106,9 +107,8 @@ class _TokensOfImages(_Tokens):
 
     def __init__(self, model: DeepSeekOCRVisionModel, image_processor: DeepSeekOCRVisionImageProcessor):
         super().__init__(model)
-        mean, std = (torch.tensor(getattr(image_processor, f"image_{name}")) for name in ("mean", "std"))
-        self.register_buffer("scale", image_processor.rescale_factor / std)
-        self.register_buffer("shift", -mean / std)
+        for name, each in zip(("scale", "shift"), image_processor.factor_and_shift(1.0), strict=True):
+            self.register_buffer(name, each.flatten())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return super().forward((images.float() * self.scale + self.shift).permute(0, 3, 1, 2))
@@ -189,6 +189,8 @@ def _check_arguments(
     model: DeepSeekOCRVisionModel, file: Path, format: Format, *, size: int | tuple[int, int] | None, dynamic: bool
 ) -> None:
     require_choice("format", format, FORMATS)
+    if file.is_dir():
+        raise IsADirectoryError(f"`file` is {str(file)!r}, which is a folder.")
     if file.suffix != _SUFFIXES[format]:
         raise ValueError(f"`file` is {str(file)!r}; for format {format!r} it has to end in {_SUFFIXES[format]!r}.")
     if model.dtype not in _TOLERANCES or model.device.type != "cpu":
@@ -242,6 +244,7 @@ def _ready_to_export(model: DeepSeekOCRVisionModel) -> Iterator[None]:
     """Evaluation mode, no gradients, and the attention to export; afterwards all is as it was."""
     stages = {"sam_config": model.sam_model, "clip_config": model.vision_model}
     before = {name: stage.config._attn_implementation for name, stage in stages.items()}
+    before[""] = model.config._attn_implementation
     was_training = model.training
     try:
         model.eval().set_attn_implementation("sdpa_folded")

@@ -389,7 +389,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
         pixels: Pixels = [torch.empty(page.shape, device=device) for page in pages]
         if len({page.shape for page in pages}) == 1:
             pixels = torch.empty(len(pages), *pages[0].shape, device=device)
-        steps = {scale: [part.to(device) for part in self._factor_and_shift(scale)] for scale in set(scales)}
+        steps = {scale: [part.to(device) for part in self.factor_and_shift(scale)] for scale in set(scales)}
         for target, page, scale in zip(pixels, pages, scales, strict=True):
             factor, shift = steps[scale]
             target.copy_(page.to(device)).mul_(factor).add_(shift)
@@ -402,7 +402,7 @@ class DeepSeekOCRVisionImageProcessor(AtomicSavingMixin, BaseImageProcessor):
             return views[0].tiles.float().to(device or views[0].page.device)
         return self._normalized(tiles, [view.scale for view in views for _ in view.tiles], device)
 
-    def _factor_and_shift(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def factor_and_shift(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """What the 256 levels are multiplied by, and what is added, per channel: both [3, 1, 1]."""
         factor = self.rescale_factor if self.do_rescale else scale
         statistics = (self.image_mean, self.image_std) if self.do_normalize else ([0.0] * 3, [1.0] * 3)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import pixels, relative_error, tiny_config
@@ -45,6 +46,19 @@ def test_the_command_writes_a_file_that_gives_the_model_s_tokens_and_says_how_to
     assert description["outputs"][0]["shape"] == ["batch", 2, model.config.hidden_size]
     assert description["preprocessing"]["image_mean"] == DeepSeekOCRVisionImageProcessor().image_mean
     assert description["check"]["difference"] <= description["check"]["tolerance"] == 1e-4
+
+
+@pytest.mark.parametrize("fields", [{"do_normalize": False}, {"do_rescale": False, "do_normalize": False}])
+def test_a_file_of_raw_images_does_what_its_image_processor_does(fields, tmp_path):
+    """Pins pixels that were normalised although the image processor does not."""
+    model, page = model_of(), Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 20).convert("RGB")
+    prepares = DeepSeekOCRVisionImageProcessor(size=64, **fields)
+    options = {"size": 64, "raw_images": True, "image_processor": prepares}
+    before = model.config._attn_implementation
+    result = export_encoder(model, tmp_path / "encoder.pt2", format="pt2", **options)
+    assert model.config._attn_implementation == before
+    tokens = torch.export.load(result.file).module()(torch.tensor(np.asarray(page))[None])
+    assert relative_error(tokens, model(**prepares(page, return_tensors="pt")).last_hidden_state) < 1e-4
 
 
 @pytest.mark.parametrize("raw_images", [False, True])
@@ -151,6 +165,14 @@ def test_a_file_that_gives_other_tokens_is_not_left_behind_and_the_model_is_as_b
     assert (tmp_path / "encoder.pt2").read_text() == "the one before"
     assert model.training
     assert model.sam_model.config._attn_implementation == model.vision_model.config._attn_implementation == "eager"
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    """Pins a description beside a file that could not be written."""
+    (tmp_path / "encoder.pt2").mkdir()
+    with pytest.raises(IsADirectoryError, match="which is a folder"):
+        export_encoder(model_of(), tmp_path / "encoder.pt2", format="pt2", size=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.pt2"]
 
 
 @pytest.mark.parametrize(
