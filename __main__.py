@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepseek_ocr_vision import PRESETS, DeepSeekOCRVisionModel, DeepSeekOCRVisionProcessor, __version__, hub_upload
 from deepseek_ocr_vision.composites.prompts import IMAGE_TOKEN, PROMPTS, prompt_of
 from deepseek_ocr_vision.configuration.configuration_deepseek_ocr_vision import FEATURE_MODES
@@ -245,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return options.run(options)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
         sys.stderr.write(f"Error: {error}\n")
         return FAILED
     except KeyboardInterrupt:
@@ -340,7 +342,7 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
     add("--feature-mode", choices=FEATURE_MODES, help="other features than the checkpoint's")
     add("--dtype", choices=DTYPES, help=_DTYPE_HELP)
     add("--batch-size", type=int, default=1, help="pages at once (default: %(default)s)")
-    add("--device", help="such as cuda:1 (default: the accelerator there is)")
+    add("--device", type=_device, help="such as cuda:1 (default: the accelerator there is)")
     preparing = "processes that prepare pages for each encoder (default: %(default)s)"
     add("--workers", type=int, default=2, dest="num_workers", help=preparing)
     patience = "seconds for a page to be read and prepared, after which it is left out (default: %(default)s)"
@@ -369,7 +371,7 @@ def _add_read(commands: argparse._SubParsersAction) -> None:
     add("--prompt", default="markdown", help=f"{asked} (default: %(default)s)")
     add("--mode", choices=list(MODES), default="gundam", help="resolution (default: %(default)s)")
     add("--dtype", choices=DTYPES, help=_DTYPE_HELP)
-    add("--device", help="such as cuda:1 (default: the accelerator there is)")
+    add("--device", type=_device, help="such as cuda:1 (default: the accelerator there is)")
     add("--max-new-tokens", type=int, help="of a page (default: as many as the model has room for)")
     add("--ngram-size", type=int, default=20, help="tokens that are not written twice, or 0 (default: %(default)s)")
     add("--window-size", type=int, help="how many tokens back that counts (default: all)")
@@ -388,6 +390,16 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     add("--feature-mode", choices=FEATURE_MODES, help="other features than the checkpoint's")
     add("--dtype", choices=("float32", "float16"), default="float32", help="to compute in (default: %(default)s)")
     add("--raw-images", action="store_true", help="take images of uint8, which the file normalises, not pixels")
+
+
+def _device(name: str) -> str:
+    """A device on which something can be computed."""
+    try:
+        torch.empty(1, device=name)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{name!r} is no device that is there: {reason}") from error
+    return name
 
 
 def _add_hub_options(add: Callable[..., argparse.Action]) -> None:

@@ -58,6 +58,7 @@ _COUNTS = {
     "num_hidden_layers": r"^layers\.(\d+)\.",
     "n_routed_experts": r"\.mlp\.experts\.(\d+)\.",
 }
+_OUTPUT = "lm_head.weight"
 _EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -69,7 +70,8 @@ def load_whole(model_class: Any, source: str | os.PathLike, *, dtype: str | torc
     stated = {"image_token_id": image_token_of(checkpoint.folder)} | fields_of_config(checkpoint.config)
     fields = {name: value for name, value in stated.items() if value is not None} | options
     config = _config_for(model_class, fields, checkpoint)
-    sources = match_tensors(checkpoint.shapes, _released_shapes(model_class, config, checkpoint), whole=True)
+    expected = _less_tied(_released_shapes(model_class, config, checkpoint), config, checkpoint.tensors)
+    sources = match_tensors(checkpoint.shapes, expected, whole=True)
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
     chosen = chosen_dtype(dtype, stored=widest_dtype(checkpoint, sources))
@@ -143,7 +145,14 @@ def write_whole(model: Any, base: str | os.PathLike, target: str | os.PathLike, 
     """What `DeepSeekOCRForConditionalGeneration.write_deepseek_ocr` says."""
     folder = local_checkpoint(base, "base", **hub_options)
     present = open_local(folder).tensors
-    return write_weights(released_views(weights_of(model), present), folder, target, whole=True)
+    views = _less_tied(released_views(weights_of(model), present), model.config, present)
+    return write_weights(views, folder, target, whole=True)
+
+
+def _less_tied(tensors: dict[str, Any], config: Any, present: Container[str]) -> dict[str, Any]:
+    """The tensors of a model without its output layer's where that is its embeddings', stored once."""
+    is_stored_once = config.tie_word_embeddings and _OUTPUT not in present
+    return {name: tensor for name, tensor in tensors.items() if name != _OUTPUT or not is_stored_once}
 
 
 def is_router(name: str) -> bool:

@@ -68,7 +68,7 @@ def build_llava(
     *,
     language_model: str | None = None,
     page_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> "tuple[LlavaForConditionalGeneration, LlavaProcessor]":
     """Build a LLaVA around an encoder: the model, and the processor with its chat template.
 
@@ -137,7 +137,9 @@ def build_processor(
     tokenizer = load_tokenizer(language_model) if language_model else byte_tokenizer()
     tokenizer.chat_template = chat_template(tokenizer)
     config = encoder_config(encoder, page_size=page_size)
-    image_processor = build_image_processor(encoder, config, size=page_size or config.image_size)
+    image_processor = build_image_processor(
+        encoder, config, size=config.image_size if page_size is None else page_size
+    )
     count = partial(image_processor.num_image_tokens, *image_processor.size.values())
     return transformers.LlavaProcessor(
         image_processor=image_processor,
@@ -192,7 +194,11 @@ def build_image_processor(
 
 def encoder_config(encoder: str | None, *, page_size: int | None) -> DeepSeekOCRVisionConfig:
     """The configuration of the encoder to start from, or of a small new one."""
-    return DeepSeekOCRVisionConfig.from_pretrained(encoder) if encoder else small_encoder_config(page_size or 128)
+    return (
+        DeepSeekOCRVisionConfig.from_pretrained(encoder)
+        if encoder
+        else small_encoder_config(128 if page_size is None else page_size)
+    )
 
 
 # The model
@@ -203,7 +209,7 @@ def build_model(
     *,
     encoder: str | None = None,
     language_model: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> "LlavaForConditionalGeneration":
     """The composite: our encoder as the vision tower, a projector, and a language model.
 
@@ -227,8 +233,7 @@ def build_model(
         tie_word_embeddings=language_config.tie_word_embeddings,
     )
     if encoder is None and language_model is None:
-        model = transformers.LlavaForConditionalGeneration(config)
-        return model.to(dtype)  # type: ignore[arg-type]  # transformers wraps it as a plain function
+        return transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
     return join_checkpoints(config, processor, encoder=encoder, language_model=language_model, dtype=dtype)
 
 
@@ -243,7 +248,7 @@ def join_checkpoints(
     *,
     encoder: str | None,
     language_model: str | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
 ) -> "LlavaForConditionalGeneration":
     """Put pretrained parts into a composite; what neither of them has, such as the projector, is newly initialised."""
     weights: dict[str, torch.Tensor] = {}
@@ -268,7 +273,7 @@ def join_checkpoints(
     return model
 
 
-def load_language_model(checkpoint: str, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_language_model(checkpoint: str, *, dtype: torch.dtype | str) -> PreTrainedModel:
     """A pretrained language model that LLaVA can hold: it only ties embeddings that have the name of Llama's."""
     causal = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     if causal.config.tie_word_embeddings and not hasattr(causal.base_model, "embed_tokens"):

@@ -9,6 +9,7 @@ from transformers import LogitsProcessorList
 from deepseek_ocr_vision.composites.deepseek_ocr import DeepSeekOCRForConditionalGeneration, NoRepeatNGram
 from deepseek_ocr_vision.composites.deepseek_ocr_processor import DeepSeekOCRProcessor
 from deepseek_ocr_vision.composites.prompts import prompt_of
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_integer
 from deepseek_ocr_vision.configuration.presets_deepseek_ocr_vision import ModeName
 from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import input_device
 from deepseek_ocr_vision.modeling.device import default_device
@@ -68,7 +69,8 @@ def read_page(
         The text, without special tokens and spaces at its ends.
 
     Raises:
-        ValueError: The prompt or the page cannot be meant, or the page leaves no position for a token.
+        ValueError: The prompt or the page cannot be meant, the page leaves no position for a token, or
+            `max_new_tokens` is below 1.
         OSError: The page is a file that is missing or broken.
     """
     inputs = processor(page, prompt_of(prompt), return_tensors="pt").to(input_device(model))
@@ -76,7 +78,8 @@ def read_page(
     room = model.config.text_config.max_position_embeddings - length
     if room < 1:
         raise ValueError(f"The page and its prompt are {length} tokens, the model has {length + room} positions.")
-    options: dict[str, Any] = {"max_new_tokens": min(room, max_new_tokens or room), "do_sample": False}
+    limit = room if max_new_tokens is None else require_integer("max_new_tokens", max_new_tokens, at_least=1)
+    options: dict[str, Any] = {"max_new_tokens": min(room, limit), "do_sample": False}
     if ngram_size:
         options["logits_processor"] = LogitsProcessorList([NoRepeatNGram(ngram_size, window_size)])
     output = model.generate(**inputs, **options, streamer=streamer)

@@ -112,6 +112,15 @@ def test_what_fails_says_why_and_leaves_nothing(tmp_path, released, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"released", "mine"}
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(device, capsys):
+    """Pins a traceback of RuntimeError, after the weights were loaded."""
+    with pytest.raises(SystemExit) as exit:
+        main(["encode", "scans", "--model", "nowhere", "--out", "out", "--device", device])
+    assert exit.value.code == 2
+    assert f"argument --device: '{device}' is no device that is there" in capsys.readouterr().err
+
+
 def test_an_interruption_ends_with_130_and_no_traceback(tmp_path, released, capsys, monkeypatch):
     """Pins Ctrl-C."""
 

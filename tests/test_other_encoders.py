@@ -1,8 +1,11 @@
 """Encoders that start from SAM and CLIP, or from GOT-OCR2: all of both is taken, and computes the same."""
 
+import json
+
 import pytest
 import torch
 from helpers import pixels, relative_error
+from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -92,13 +95,21 @@ def as_openai(clip) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("layout", ["transformers", "their own", "a pickle"])
+@pytest.mark.parametrize("layout", ["transformers", "vision models", "their own", "a pickle"])
 def test_both_stages_compute_what_sam_and_clip_do(tmp_path, sam, clip, layout):
     """Pins names, order of query, key and value, and the fused projections, against both models' own forward."""
     if layout == "transformers":
         sam.save_pretrained(tmp_path / "sam")
         clip.save_pretrained(tmp_path / "clip")
         sources = (tmp_path / "sam", tmp_path / "clip")
+    elif layout == "vision models":
+        # As transformers 5.24 saves a `CLIPVisionModel`, with a table that OpenAI's own files have.
+        names = {name: name.removeprefix("vision_model.") for name in clip.state_dict() if "vision_model" in name}
+        tensors = {short: clip.state_dict()[name].clone() for name, short in names.items()}
+        (tmp_path / "clip").mkdir()
+        save_file(tensors | {"embeddings.position_ids": torch.arange(5)[None]}, tmp_path / "clip/model.safetensors")
+        (tmp_path / "clip/config.json").write_text(json.dumps(clip.config.vision_config.to_dict()))
+        sources = (as_segment_anything(sam), tmp_path / "clip")
     elif layout == "their own":
         sources = (as_segment_anything(sam), as_openai(clip))
     else:

@@ -79,3 +79,5 @@ def test_a_page_for_which_there_is_no_room_is_an_error(released, page):
     model.config.text_config.max_position_embeddings = 400
     with pytest.raises(ValueError, match="the model has 400 positions"):
         read_page(model, processor, page)
+    with pytest.raises(ValueError, match="`max_new_tokens` is 0"):
+        read_page(*load_reader(released, mode="tiny"), page, max_new_tokens=0)

@@ -145,6 +145,19 @@ def test_files_that_were_not_fetched_from_the_hub_are_no_reason_to_refuse_it(tmp
     assert_same_weights(loaded, model)
 
 
+def test_an_output_layer_that_is_the_embeddings_is_stored_once(tmp_path):
+    """Pins "1 tensors are missing: lm_head.weight" of what the same class had saved."""
+    model = tiny_whole_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = DeepSeekOCRForConditionalGeneration.from_deepseek_ocr(tmp_path / "saved")
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert_same_weights(loaded, model)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    model.write_deepseek_ocr(tmp_path / "saved", tmp_path / "written")
+    assert_same_weights(DeepSeekOCRForConditionalGeneration.from_deepseek_ocr(tmp_path / "written"), model)
+
+
 def test_what_transformers_saves_of_unlimited_ocr_is_loaded(tmp_path, model):
     """Pins the other layout, with its own names of configuration fields and its window of attention."""
     theirs = UnlimitedOcrForConditionalGeneration(unlimited_config(model.config)).eval()

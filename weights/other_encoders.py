@@ -39,6 +39,7 @@ _SAM_NAMES = (
 )
 # Of transformers' CLIP, and of OpenAI's.
 _CLIP_NAMES = (
+    (r"^(?=embeddings\.|pre_layrnorm\.|encoder\.)", "vision_model."),
     (r"^vision_model\.encoder\.", "vision_model.transformer."),
     (r"^visual\.transformer\.resblocks\.", "vision_model.transformer.layers."),
     (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
@@ -176,13 +177,13 @@ def _tensors(
 
 
 def _names(found: Iterable[str], renames: tuple[tuple[str, str], ...], prefix: str) -> dict[str, str]:
-    """Of a checkpoint's names those of the stage, each with the name that `our_name` reads."""
+    """Of a checkpoint's names those of the stage's weights, each with the name that `our_name` reads."""
     names = {}
     for name in found:
         renamed = name
         for pattern, replacement in renames:
             renamed = re.sub(pattern, replacement, renamed)
-        if renamed.startswith(prefix):
+        if renamed.startswith(prefix) and not renamed.endswith(".position_ids"):  # 0, 1, 2, ...
             names[name] = renamed
     return names
 
