@@ -35,7 +35,8 @@ class DeepSeekOCRProcessor(ProcessorMixin):
         image_processor: A `DeepSeekOCRVisionImageProcessor` of the preset `"deepseek-ocr"`; its mode decides how many
             tokens an image has.
         tokenizer: The language model's, with `<image>` as a single token.
-        kwargs: As `ProcessorMixin` takes them, such as a `chat_template`.
+        chat_template: A template in Jinja for conversations, which the released model has not.
+        kwargs: As `ProcessorMixin` takes them.
 
     Raises:
         ValueError: The tokenizer has no token `<image>`.
@@ -43,12 +44,14 @@ class DeepSeekOCRProcessor(ProcessorMixin):
 
     skip_tensor_conversion = ["video_metadata", "text_replacement_offsets", "num_local_patches", "patches_grid"]  # noqa: RUF012
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any
+    ):  # loading hands on what is named here
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"The tokenizer has no token {IMAGE_TOKEN!r}; add it as a special token first.")
-        super().__init__(image_processor, tokenizer, **kwargs)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
     def from_deepseek_ocr(

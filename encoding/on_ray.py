@@ -37,6 +37,7 @@ def encode_on_ray(
     """Encode pages, as `encode_locally` does. Files have to be there on every node."""
     if not pages:
         return
+    was_there = require("ray", "encode --ray", extra="ray").is_initialized()
     ray = _started(address, num_encoders if gpus_per_encoder == 0 else 0, num_workers)
     items = [{"page": pickle.dumps(page)} for page in pages]
     actors = ray.data.ActorPoolStrategy
@@ -62,7 +63,8 @@ def encode_on_ray(
         # As many at once as an encoder gives, and not all that Ray has together, so that parts are as asked for.
         yield from rows.iter_batches(batch_size=encoder.batch_size, batch_format="pyarrow")
     finally:
-        ray.shutdown()
+        if not was_there:
+            ray.shutdown()
 
 
 def _started(address: str, num_encoder_cpus: int, num_workers: int) -> Any:

@@ -26,6 +26,7 @@ from deepseek_ocr_vision import ImageTextCollator
 from deepseek_ocr_vision.composites import DeepSeekOCRForConditionalGeneration, DeepSeekOCRProcessor
 from deepseek_ocr_vision.composites.read_pages import load_reader, prompt_of, read_page
 from deepseek_ocr_vision.configuration import MODES
+from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import list_some
 from deepseek_ocr_vision.training import LANGUAGE_MODEL_LORA_TARGETS, LORA_TARGETS, resume
 
 
@@ -91,6 +92,11 @@ def load_pages(arguments: WholeModelArguments, *, seed: int) -> dict[str, Pages]
     rows = datasets.load_dataset("imagefolder", data_dir=arguments.data, split="train")
     if arguments.text_column not in rows.column_names:
         raise ValueError(f"--data {arguments.data} has the columns {rows.column_names}, no {arguments.text_column!r}.")
+    texts = rows[arguments.text_column]
+    wrong = [number for number, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
+    if wrong:
+        names = [f"row {number}, {texts[number]!r}" for number in wrong]
+        raise ValueError(f"--data {arguments.data} has no text under {arguments.text_column!r} in {list_some(names)}.")
     splits = rows.train_test_split(arguments.held_out_fraction, seed=seed)
     prompt = prompt_of(arguments.prompt)
     return {name: Pages(part, prompt, arguments.text_column) for name, part in splits.items()}

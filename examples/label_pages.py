@@ -114,7 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = list(label(arguments.folder, open_reader(), min_score=arguments.min_score))
     if not rows:
         raise ValueError(f"{arguments.folder} has no image that could be labelled.")
-    write_text(metadata, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    # Names that are not UTF-8 can be written escaped alone.
+    lines = (json.dumps(row, ensure_ascii=not row["file_name"].isprintable()) for row in rows)
+    write_text(metadata, "".join(f"{line}\n" for line in lines))
     logger.info("%d pages are in %s.", len(rows), metadata)
 
 

@@ -573,7 +573,7 @@ def _without_padding(grad: torch.Tensor, windows: _Windows, padded: torch.Tensor
 
 # The same for compilers: two operators, so that a graph has one node each way in place of the loops.
 
-_OPERATOR = re.sub(r"\W", "_", __name__) + "::blockwise_attention"  # a checkpoint's copy of this file has its own
+_OPERATOR = re.sub(r"\W", "_", ascii(__name__)) + "::blockwise_attention"  # a checkpoint's copy has its own
 _blockwise_operator = torch.library.custom_op(
     _OPERATOR,
     _blockwise,

@@ -19,6 +19,7 @@ from transformers import (
 from deepseek_ocr_vision import DeepSeekOCRVisionImageProcessor, DeepSeekOCRVisionModel, ImageTextCollator
 from deepseek_ocr_vision.composites import build_processor
 from deepseek_ocr_vision.composites.small import byte_tokenizer
+from deepseek_ocr_vision.weights import load_encoder
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -107,6 +108,18 @@ def test_the_image_processor_is_the_encoders_own_less_its_tiles(tmp_path):
     assert processor.image_processor.preset == "deepseek-ocr"
     assert processor.image_processor.tile_size is None
     assert model.config.image_seq_length == 11 * 11
+
+
+@pytest.mark.parametrize("feature_mode", ["projected", "sequence"])
+def test_an_encoder_comes_out_of_a_composite_in_every_feature_mode(tmp_path, feature_mode):
+    """Pins the encoder's own projector and special tokens, which were looked for outside of the vision tower."""
+    encoder = save_encoder(tmp_path / "encoder", feature_mode)
+    DeepSeekOCRVisionImageProcessor(size=128).save_pretrained(encoder)
+    build(tmp_path / "llava", "--encoder", encoder)
+    loaded, _ = load_encoder(tmp_path / "llava")
+    expected = DeepSeekOCRVisionModel.from_pretrained(encoder).state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize("page_size", [128, 192])

@@ -149,9 +149,11 @@ def test_stored_tokens_train_it_as_pages_do(tmp_path):
 
 def test_the_processor_is_saved_and_loaded(tmp_path, processor):
     """Pins the sizes and the tokenizer on the way through a folder."""
+    processor.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is DeepSeekOCRProcessor
+    assert loaded.chat_template == processor.chat_template
     expected = processor(page(256, 128), PROMPTS["text"], return_tensors="pt")
     actual = loaded(page(256, 128), PROMPTS["text"], return_tensors="pt")
     assert torch.equal(actual["input_ids"], expected["input_ids"])

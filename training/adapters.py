@@ -20,12 +20,13 @@ Mistral's and Qwen's are not. `LoraConfig(exclude_modules=r".*language_model.*")
 """
 
 LANGUAGE_MODEL_LORA_TARGETS: dict[str, list[str]] = {
+    "projector": ["model.multi_modal_projector"],
     "attention": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
     "mlp": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
     "shared_experts": ["shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj"],
 }
-"""The linear layers of DeepSeek-OCR's language model, `"mlp"` those of its dense first layer. No layer of the encoder
-has such a name.
+"""The linear layers behind the encoder of a whole DeepSeek-OCR: its projector, and those of its language model, `"mlp"`
+those of its dense first layer. No layer of the encoder has such a name.
 """
 
 LANGUAGE_MODEL_LORA_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from deepseek_ocr_vision.configuration.checks_deepseek_ocr_vision import require_integer, require_number
+from deepseek_ocr_vision.modeling.base_deepseek_ocr_vision import at_least_float32
 
 
 TokenPlace = tuple[int, int]
@@ -218,7 +219,7 @@ def _noisy_copies(pixel_values: torch.Tensor, number: int, noise: float, seed: i
 def _gradient(model: Any, pixel_values: torch.Tensor, target: Target) -> torch.Tensor:  # [3, h, w] -> [3, h, w]
     # Whoever draws images is often under `no_grad` or `inference_mode`; the gradient is wanted even so.
     with torch.inference_mode(False), torch.enable_grad():
-        pixels = pixel_values.detach().clone().requires_grad_()
+        pixels = pixel_values.detach().to(at_least_float32(pixel_values.dtype), copy=True).requires_grad_()
         tokens = model(pixel_values=pixels[None], return_dict=True).last_hidden_state[0]  # [N, C]
         number = _number(target, on_grid(tokens, pixels, model.config.patch_size))
         gradient = None

@@ -34,9 +34,9 @@ _RENAMES = tuple(
         (r"^sam_model\.proj\.conv1\.", "sam_model.net_2."),
         (r"^sam_model\.proj\.conv2\.", "sam_model.net_3."),
         # What lies between the encoder and the language model.
-        (r"^(?:model\.)?(?:multi_modal_projector|projector\.layers)\.", "projector.layers."),
-        (r"^(?:model\.)?view_sep[ae]rator$", "view_seperator"),
-        (r"^(?:model\.)?image_newline$", "image_newline"),
+        (r"^(?:model\.)?(?:multi_modal_projector|(?:vision_tower\.)?projector\.layers)\.", "projector.layers."),
+        (r"^(?:model\.)?(?:vision_tower\.)?view_sep[ae]rator$", "view_seperator"),
+        (r"^(?:model\.)?(?:vision_tower\.)?image_newline$", "image_newline"),
         # The language model.
         (r"^(?:model\.)?(?:language_model\.)?(embed_tokens|layers|norm)\.", r"\1."),
     )

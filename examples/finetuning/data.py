@@ -195,6 +195,9 @@ class Planner:
         """A sentence about the pages' size, and warnings where text becomes too small."""
         size, tokens = processor.image_processor.size["height"], tokens_of(processor)
         shapes, heights = measured(tables, looks)
+        if not shapes:
+            note = f"A page is {size} x {size} pixels, {tokens} tokens."
+            return note, ["No lines of text were found on the images: look whether it is too faint, or too small."]
         placed = [processor.image_processor.placement(*shape)[2] / shape[0] for shape in shapes]
         seen = small_letters([height * scale for height, scale in zip(heights, placed, strict=True)])
         height, width = (round(statistics.median(side)) for side in zip(*shapes, strict=True))
