@@ -25,8 +25,8 @@ LANGUAGE_MODEL_LORA_TARGETS: dict[str, list[str]] = {
     "mlp": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
     "shared_experts": ["shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj"],
 }
-"""The linear layers behind the encoder of a whole DeepSeek-OCR: its projector, and those of its language model, `"mlp"`
-those of its dense first layer. No layer of the encoder has such a name.
+"""The linear layers behind the encoder of the whole model: its projector, and those of its language model, `"mlp"`
+in the dense first layer. No layer of the encoder has such a name.
 """
 
 LANGUAGE_MODEL_LORA_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
