@@ -194,11 +194,9 @@ def build_image_processor(
 
 def encoder_config(encoder: str | None, *, page_size: int | None) -> DeepSeekOCRVisionConfig:
     """The configuration of the encoder to start from, or of a small new one."""
-    return (
-        DeepSeekOCRVisionConfig.from_pretrained(encoder)
-        if encoder
-        else small_encoder_config(128 if page_size is None else page_size)
-    )
+    if encoder:
+        return DeepSeekOCRVisionConfig.from_pretrained(encoder)
+    return small_encoder_config(128 if page_size is None else page_size)
 
 
 # The model

@@ -162,7 +162,7 @@ def encode_pages(
     found = find_pages(inputs, split=split, image_column=image_column, **work)
     if not found.pages and not found.problems:
         raise ValueError(f"There are no images, PDFs or pages in {[os.fspath(each) for each in inputs]}.")
-    pages = [page for page in found.pages if (int(page.id[:12], 16) + page.number) % num_shards == number]
+    pages = [page for page in found.pages if _place(page.id) % num_shards == number]
     encoder = Encoder(model, image_processor, tokens, batch_size)
     errors = ERRORS if num_shards == 1 else f"errors-{number}-of-{num_shards}.jsonl"
     table = TokenTable(out, encoder.settings(dpi=dpi), errors=errors)
@@ -184,6 +184,12 @@ def encode_pages(
     if on_progress is not None:
         on_progress(summary.progress(len(pages), is_done=True))
     return summary
+
+
+def _place(id: str) -> int:
+    """A number of a page by which shares are made: the same for the same page, one more for a document's next."""
+    digest, _, number = id.partition(":")
+    return int(digest[:12], 16) + int(number or 0)
 
 
 def stored_type(tokens: str | None, model: PreTrainedModel) -> str:

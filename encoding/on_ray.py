@@ -37,8 +37,9 @@ def encode_on_ray(
     """Encode pages, as `encode_locally` does. Files have to be there on every node."""
     if not pages:
         return
-    was_there = require("ray", "encode --ray", extra="ray").is_initialized()
-    ray = _started(address, num_encoders if gpus_per_encoder == 0 else 0, num_workers)
+    ray = require("ray", "encode --ray", extra="ray")
+    was_there = ray.is_initialized()
+    _start(ray, address, num_encoders if gpus_per_encoder == 0 else 0, num_workers)
     items = [{"page": pickle.dumps(page)} for page in pages]
     actors = ray.data.ActorPoolStrategy
     try:
@@ -67,8 +68,7 @@ def encode_on_ray(
             ray.shutdown()
 
 
-def _started(address: str, num_encoder_cpus: int, num_workers: int) -> Any:
-    ray = require("ray", "encode --ray", extra="ray")
+def _start(ray: Any, address: str, num_encoder_cpus: int, num_workers: int) -> None:
     require("ray.data", "encode --ray", extra="ray")
     # On this machine Ray may take as many as are needed, of processors that share the work; elsewhere what is there.
     num_cpus = max(num_encoder_cpus + num_workers, os.cpu_count() or 1) if address == "local" else None
@@ -77,7 +77,6 @@ def _started(address: str, num_encoder_cpus: int, num_workers: int) -> Any:
     if there < num_encoder_cpus + 1:
         raise ValueError(f"Ray has {there:g} processors; {num_encoder_cpus} encoders and the reading need one each.")
     ray.data.DataContext.get_current().enable_progress_bars = False
-    return ray
 
 
 class _Preparing:

@@ -209,6 +209,14 @@ def test_the_pages_of_one_document_are_shared_out(tiny_model, tmp_path):
     assert shares == [3, 3, 3, 3]
 
 
+def test_the_same_image_in_two_rows_is_in_one_share(tiny_model, tmp_path):
+    """Pins rows of one content in two shares, which two jobs would both store where there are no locks."""
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": png(0), "path": None}] * 4})
+    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
+    shares = [encode(tmp_path / "rows", tiny_model, tmp_path / f"{i}", shard=(i, 4)).num_new for i in range(4)]
+    assert sorted(shares) == [0, 0, 0, 1]
+
+
 def test_an_encoder_of_batches_reads_a_file_again_and_takes_none(tiny_model, tmp_path):
     """Pins the last page of a TIFF in place of the first, from the second time on, and an empty batch."""
     image(1).save(tmp_path / "fax.tif", save_all=True, append_images=[image(2), image(3)])

@@ -260,7 +260,7 @@ def _images(sample: Mapping[str, Any], name: str) -> list[Any]:
         raise TypeError(f"{name} has a {type(images).__name__} under `images`; it has to be a list.")
     for image in images:
         if image is None or isinstance(image, Mapping):
-            kind = "a dictionary, as `datasets` has an image that it does not decode" if image else "None"
+            kind = "None" if image is None else "a dictionary, as `datasets` has an image that it does not decode"
             raise TypeError(f"{name} has among its images {kind}; give images, or leave it out.")
     return list(images)
 

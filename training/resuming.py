@@ -338,9 +338,9 @@ def resume(trainer: "Trainer", *, checkpoint: str | os.PathLike | None = None) -
         return trainer.state
     logger.info("Going on from %s.", found)
     state = type(trainer.state).load_from_json(os.path.join(found, STATE_FILE))
-    if state.best_model_checkpoint is not None:
-        # Of this folder, which may have been moved since.
-        state.best_model_checkpoint = str(Path(found).parent / Path(state.best_model_checkpoint).name)
+    beside = Path(found).parent / Path(state.best_model_checkpoint or "").name
+    if state.best_model_checkpoint is not None and beside.is_dir():
+        state.best_model_checkpoint = str(beside)  # of this folder, which may have been moved since
     if _is_finished(state, trainer.args):
         wants_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
         load_weights(trainer.model, state.best_model_checkpoint if wants_best else found)
